@@ -1,0 +1,114 @@
+"""Seeds, thread caps, offline mode, folders and errors: set in one place, used everywhere."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["InputError", "Runtime", "prepare", "cache_dir", "data_dir", "thread_count"]
+
+
+class InputError(ValueError):
+    """Bad input: names the input, says what was expected and what to do about it.
+
+    Parameters
+    ----------
+    what : the input at fault, for instance ``"top_p"``.
+    expected : what would have been accepted, and what came instead.
+    remedy : what the reader can do now; may be empty.
+    """
+
+    def __init__(self, what: str, expected: str, remedy: str = ""):
+        self.what, self.expected, self.remedy = what, expected, remedy
+        super().__init__(f"{what}: {expected}." + (f" {remedy}" if remedy else ""))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What :func:`prepare` set: seed, CPU threads and whether hubs may be reached."""
+
+    seed: int
+    threads: int
+    offline: bool
+
+
+def thread_count() -> int:
+    """CPU threads that this process may use: ``PLLM_THREADS`` or the cores it may run on.
+
+    Raises :class:`InputError` if ``PLLM_THREADS`` is not a positive whole number.
+    """
+    wanted = os.environ.get("PLLM_THREADS", "").strip()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not wanted:
+        return cores
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise InputError(
+            "PLLM_THREADS", f"expected a whole number of at least 1, got {wanted!r}", "Unset it or correct it."
+        )
+    return int(wanted)
+
+
+def prepare(seed: int = 0, *, threads: int | None = None, offline: bool = True) -> Runtime:
+    """Seed Python, NumPy and torch, cap the CPU threads, and keep the hub libraries offline.
+
+    Every notebook calls this first. Model loaders call :func:`go_offline` by themselves, so a
+    forgotten ``prepare`` costs reproducibility but never privacy.
+    """
+    if seed < 0:
+        raise InputError("seed", f"expected a whole number of at least 0, got {seed}")
+    if threads is not None and threads < 1:
+        raise InputError("threads", f"expected at least 1, got {threads}")
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    count = threads or thread_count()
+    torch.set_num_threads(count)
+    go_offline(offline)
+    return Runtime(seed, count, offline)
+
+
+def go_offline(offline: bool = True) -> None:
+    """Tell the Hugging Face libraries not to touch the network (and not to count downloads)."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    else:
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        os.environ.pop("TRANSFORMERS_OFFLINE", None)
+    # the hub library reads its switch once, at import
+    import sys
+
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def cache_dir() -> Path:
+    """Per-user cache folder (``PLLM_CACHE`` overrides it); created on first use."""
+    import platformdirs
+
+    path = Path(os.environ.get("PLLM_CACHE") or platformdirs.user_cache_dir("pllm"))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def data_dir() -> Path:
+    """The project's ``data`` folder: beside the package in a checkout, inside it in a wheel.
+
+    Raises :class:`InputError` if neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for path in (package / "_data", package.parent / "data"):
+        if (path / "dialogues").is_dir():
+            return path
+    raise InputError(
+        "data folder", f"expected {package.parent / 'data'}", "Install the project again from a full checkout."
+    )
