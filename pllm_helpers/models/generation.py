@@ -1,0 +1,202 @@
+"""Batched generation that gives each prompt the answer it would get alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..runtime import InputError
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+__all__ = ["Generation", "generate", "progress_bar"]
+
+
+class Generation(NamedTuple):
+    """One answer: its text, the number of new tokens, and whether the model ended the turn itself."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+def progress_bar(total: int, what: str, progress: bool | None = None) -> Any:
+    """A text progress bar; ``None`` shows it only for work that lasts more than two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, disable=progress is False, delay=0 if progress else 2, leave=False, ascii=" =")
+
+
+def generate(
+    llm: LLM,
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float | int = 0.0,
+    top_p: float | int = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    chat: bool = True,
+    system: str | None = None,
+    progress: bool | None = None,
+    details: bool = False,
+) -> list[str] | list[Generation]:
+    """Answers to ``prompts``, in their order.
+
+    Prompts are sorted by length, padded on the left and run in batches; a row leaves its batch
+    when it ends its turn. What else is in a batch does not change an answer: attention is
+    computed in fp64 for bf16 weights (their rounding would otherwise depend on the padding) and
+    every row draws from its own random numbers, seeded by ``seed`` and the row's place in
+    ``prompts``.
+
+    Parameters
+    ----------
+    prompts : user messages, or lists of ``{"role", "content"}`` messages.
+    max_new_tokens : upper bound on the answer's length, in tokens.
+    temperature : 0 is greedy; above 0, samples from the softmax of logits / temperature.
+    top_p : sample from the smallest set of tokens whose probability reaches ``top_p``.
+    chat : put prompts through the model's chat template; ``False`` continues the raw text.
+    system : system message in front of every prompt (``chat=True`` only).
+    progress : ``None`` shows a bar for long work only.
+    details : return :class:`Generation` tuples instead of texts.
+
+    Raises :class:`~pllm_helpers.runtime.InputError` on blank or too long prompts and on settings
+    out of range.
+    """
+    if isinstance(prompts, str):
+        raise InputError("prompts", "expected a list of prompts, got one text", "Write [prompt].")
+    if llm.kind != "causal":
+        raise InputError("llm", f"expected a model that writes text, got {llm.name}, which fills gaps")
+    _in_range("max_new_tokens", max_new_tokens, 1, 100_000)
+    _in_range("temperature", temperature, 0, 100)
+    _in_range("batch_size", batch_size, 1, 10_000)
+    if not 0 < top_p <= 1:
+        raise InputError("top_p", f"expected a number above 0 and at most 1, got {top_p}")
+    rows = [_token_ids(llm, p, i, chat, system, max_new_tokens) for i, p in enumerate(prompts)]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: memory peaks at once, not at the end
+    answers: list[Generation] = [Generation("", 0, False)] * len(rows)
+    with progress_bar(len(rows), "answers", progress) as bar, torch.inference_mode(), batch_invariant(llm):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            written = _decode(llm, [rows[i] for i in chosen], chosen, max_new_tokens, temperature, top_p, seed)
+            for i, ids in zip(chosen, written, strict=True):
+                ended = bool(ids) and ids[-1] in llm.stop_ids
+                text = llm.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+                answers[i] = Generation(text.strip() if chat else text, len(ids), ended)
+            bar.update(len(chosen))
+    return answers if details else [a.text for a in answers]
+
+
+def _in_range(name: str, value: object, low: float | int, high: float | int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InputError(name, f"expected a number from {low} to {high}, got {value!r}")
+
+
+def _token_ids(llm: LLM, prompt: Any, place: int, chat: bool, system: str | None, new: int) -> list[int]:
+    if isinstance(prompt, str) and not prompt.strip():
+        raise InputError(f"prompts[{place}]", "expected text, it is blank")
+    if not chat and not isinstance(prompt, str):
+        raise InputError(f"prompts[{place}]", "expected text, got messages", "Messages need chat=True.")
+    text = llm.format_chat(prompt, system=system) if chat else prompt
+    templated = chat and getattr(llm.tokenizer, "chat_template", None)
+    ids = llm.tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    room = getattr(llm.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if not ids or len(ids) + new > room:
+        raise InputError(f"prompts[{place}]", f"expected 1 to {room - new} tokens (the model has room for {room}), got {len(ids)}",
+                         "Shorten the prompt or max_new_tokens.")  # fmt: skip
+    return ids
+
+
+def _decode(llm: LLM, rows: list[list[int]], places: list[int], new: int, temperature: float | int, top_p: float | int, seed: int) -> list[list[int]]:
+    """Token ids written after each row, stop token included."""
+    from transformers import DynamicCache
+
+    model, device = llm.model, llm.device
+    wanted = len(rows)
+    rows = rows + rows[-1:] * (2 - wanted)  # a product with one row takes another kernel, which rounds bf16 differently
+    places = places + places[-1:] * (2 - wanted)
+    width, pad = max(map(len, rows)), llm.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    draws = [_generator(seed, p) for p in places] if temperature > 0 else None
+    alive = list(range(len(rows)))  # rows of the batch -> rows of the answer
+    written: list[list[int]] = [[] for _ in rows]
+    stop = set(llm.stop_ids)
+    for _ in range(new):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1].float()
+        if draws is None:
+            token = logits.argmax(-1)
+        else:
+            token = torch.stack([_sample(row, temperature, top_p, draws[i]) for row, i in zip(logits, alive, strict=True)])
+        for i, t in zip(alive, token.tolist(), strict=True):
+            written[i].append(t)
+        open_rows = {i for i in alive if i < wanted and written[i][-1] not in stop}
+        if not open_rows:
+            break
+        keep = [k for k, i in enumerate(alive) if i in open_rows]
+        if len(keep) == 1:
+            keep.append(next(k for k in range(len(alive)) if k != keep[0]))
+        ids, mask, position = token[:, None], torch.cat([mask, mask.new_ones(len(alive), 1)], 1), position[:, -1:] + 1
+        if len(keep) < len(alive):
+            index = torch.tensor(keep, device=device)
+            cache.batch_select_indices(index)
+            ids, mask, position, alive = ids[index], mask[index], position[index], [alive[k] for k in keep]
+    return [w[: 1 + next((k for k, t in enumerate(w) if t in stop), len(w))] for w in written[:wanted]]
+
+
+def _generator(seed: int, place: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}|{place}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _sample(logits: torch.Tensor, temperature: float | int, top_p: float | int, draw: torch.Generator) -> torch.Tensor:
+    p, token = torch.softmax(logits.double().cpu() / temperature, -1).sort(descending=True, stable=True)
+    if top_p < 1:
+        p[p.cumsum(0) - p >= top_p] = 0  # keeps the token that crosses top_p
+    point = torch.rand(1, generator=draw, dtype=torch.float64) * p.sum()
+    return token[torch.searchsorted(p.cumsum(0), point).clamp(max=int((p > 0).sum()) - 1)][0].to(logits.device)
+
+
+def _fp64_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                    attention_mask: torch.Tensor | None, scaling: float | None = None, **_: Any):  # fmt: skip
+    """Attention in double precision, rounded once at the end.
+
+    Sums over a padded and an unpadded row differ by their order, about 1e-16 in fp64, which
+    never survives rounding to bf16. Shapes: query (b, h, q, d), key and value (b, kv, n, d).
+    """
+    b, h, q, d = query.shape
+    kv = key.shape[1]
+    grouped = query.double().reshape(b, kv, h // kv * q, d)
+    score = (grouped @ key.double().transpose(2, 3) * (scaling or d**-0.5)).view(b, h, q, -1)
+    if attention_mask is not None:
+        score = score + attention_mask
+    weight = torch.softmax(score, -1)
+    out = (weight.view(b, kv, h // kv * q, -1) @ value.double()).view(b, h, q, -1)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), weight
+
+
+@contextlib.contextmanager
+def batch_invariant(llm: LLM) -> Iterator[None]:
+    """Use fp64 attention inside this block where the weights are bf16 on a CPU."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    before = llm.model.config._attn_implementation
+    if llm.dtype != "bf16" or llm.device.type != "cpu":
+        yield
+        return
+    AttentionInterface.register("pllm_fp64", _fp64_attention)
+    AttentionMaskInterface.register("pllm_fp64", eager_mask)
+    try:
+        llm.model.set_attn_implementation("pllm_fp64")
+        yield
+    finally:
+        llm.model.set_attn_implementation(before)
