@@ -154,7 +154,12 @@ def check_claim(
 
 
 def response_nll(
-    llm: LLM, dialogues: Sequence[DialogueSet], *, batch_size: int = 8, max_tokens: int = 512, progress: bool | None = None
+    llm: LLM,
+    dialogues: Sequence[DialogueSet],
+    *,
+    batch_size: int = 8,
+    max_tokens: int = 512,
+    progress: bool | None = None,
 ) -> Float[np.ndarray, " n"]:
     """Mean negative log-likelihood of each reply's tokens, in nats per token; shape ``(n,)``.
 
@@ -172,12 +177,17 @@ def response_nll(
     rows: list[tuple[list[int], int]] = []
     for place, d in enumerate(dialogues):
         if not d.question.strip() or not d.answer.strip():
-            raise InputError(f"dialogues[{place}]", "expected a question and an answer, one is blank", "Leave the row out.")
+            raise InputError(
+                f"dialogues[{place}]", "expected a question and an answer, one is blank", "Leave the row out."
+            )
         prompt = llm.tokenizer(llm.format_chat(d.question), add_special_tokens=False)["input_ids"]
         answer = llm.tokenizer(d.answer.strip(), add_special_tokens=False)["input_ids"] + llm.stop_ids[:1]
         if len(prompt) + len(answer) > max_tokens:
-            raise InputError(f"dialogues[{place}]", f"expected at most {max_tokens} tokens, got {len(prompt) + len(answer)}",
-                             "Leave the row out or raise max_tokens.")  # fmt: skip
+            raise InputError(
+                f"dialogues[{place}]",
+                f"expected at most {max_tokens} tokens, got {len(prompt) + len(answer)}",
+                "Leave the row out or raise max_tokens.",
+            )
         rows.append((prompt + answer, len(answer)))
     out = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -187,7 +197,9 @@ def response_nll(
             chosen = order[start : start + batch_size]
             width = max(len(rows[i][0]) for i in chosen)
             ids = torch.tensor([rows[i][0] + [pad] * (width - len(rows[i][0])) for i in chosen], device=llm.device)
-            mask = torch.tensor([[1] * len(rows[i][0]) + [0] * (width - len(rows[i][0])) for i in chosen], device=llm.device)
+            mask = torch.tensor(
+                [[1] * len(rows[i][0]) + [0] * (width - len(rows[i][0])) for i in chosen], device=llm.device
+            )
             hidden = llm.model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             for row, i in enumerate(chosen):
                 length, n = len(rows[i][0]), rows[i][1]

@@ -57,7 +57,11 @@ def passed(name: str) -> None:
 
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and any(isinstance(x, (str, dict, list, np.ndarray)) for x in (*a, *b)):
+    if (
+        isinstance(a, (list, tuple))
+        and isinstance(b, (list, tuple))
+        and any(isinstance(x, (str, dict, list, np.ndarray)) for x in (*a, *b))
+    ):
         return len(a) == len(b) and all(_same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, (str, dict)) or isinstance(b, (str, dict)):
         return bool(type(a) is type(b) and a == b)

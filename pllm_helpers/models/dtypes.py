@@ -75,8 +75,13 @@ def faster_dtype(model_name: str, build: Callable[[str], torch.nn.Module]) -> st
         for _ in range(3):  # in turn, so that a busy moment does not fall on one side only
             for name, model in models.items():
                 times[name] = min(times[name], seconds_per_forward(model))
-        entry = {"dtype": min(times, key=times.__getitem__), "model": model_name, "processor": processor_name(),
-                 "seconds": times, "threads": torch.get_num_threads()}  # fmt: skip
+        entry = {
+            "dtype": min(times, key=times.__getitem__),
+            "model": model_name,
+            "processor": processor_name(),
+            "seconds": times,
+            "threads": torch.get_num_threads(),
+        }
         _MEASURED[key] = entry
         with contextlib.suppress(OSError):
             atomic_write(store, json.dumps({**known, key: entry}, indent=1))

@@ -65,7 +65,9 @@ class Encoder:
         return self.model.tokenizer
 
     @torch.inference_mode()
-    def forward_batches(self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None) -> Iterator[EncodedBatch]:
+    def forward_batches(
+        self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None
+    ) -> Iterator[EncodedBatch]:
         """Run the encoder over ``texts``, shortest first, and hand out its padded batches.
 
         Sorting by length keeps padding small. Raises :class:`~pllm_helpers.runtime.InputError`
@@ -77,8 +79,14 @@ class Encoder:
             raise InputError("batch_size", f"expected at least 1, got {batch_size}")
         if not texts:
             return
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False,
-                              return_attention_mask=False, return_token_type_ids=False)["input_ids"]  # fmt: skip
+        rows = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.max_tokens,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
         special = torch.tensor(sorted(self.tokenizer.all_special_ids))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         pad = self.tokenizer.pad_token_id or 0
@@ -93,17 +101,23 @@ class Encoder:
                 features = {"input_ids": ids.to(device), "attention_mask": attended.long().to(device)}
                 out = self.model(features)
                 mask = attended & ~torch.isin(ids, special)
-                yield EncodedBatch(np.array(chosen), out["token_embeddings"].cpu(), mask, out["sentence_embedding"].cpu(), ids)
+                yield EncodedBatch(
+                    np.array(chosen), out["token_embeddings"].cpu(), mask, out["sentence_embedding"].cpu(), ids
+                )
                 bar.update(len(chosen))
 
-    def encode(self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None) -> Float[np.ndarray, "n d"]:
+    def encode(
+        self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None
+    ) -> Float[np.ndarray, "n d"]:
         """Sentence embeddings, unit length, in the order of ``texts``; shape ``(n, dim)``."""
         out = np.zeros((len(texts), self.dim), dtype=np.float32)
         for batch in self.forward_batches(texts, batch_size, progress=progress):
             out[batch.indices] = torch.nn.functional.normalize(batch.sentence.float(), dim=1).numpy()
         return out
 
-    def embed(self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None) -> list[TokenEmbeddings]:
+    def embed(
+        self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None
+    ) -> list[TokenEmbeddings]:
         """Tokens, token embeddings and sentence embedding of each text, special tokens dropped."""
         out: list[TokenEmbeddings | None] = [None] * len(texts)
         for batch in self.forward_batches(texts, batch_size, progress=progress):
@@ -118,8 +132,9 @@ class Encoder:
         return [e for e in out if e is not None]
 
 
-def load_encoder(name: str | Path | None = None, *, revision: str | None = None, allow_download: bool = False,
-                 device: str = "cpu") -> Encoder:  # fmt: skip
+def load_encoder(
+    name: str | Path | None = None, *, revision: str | None = None, allow_download: bool = False, device: str = "cpu"
+) -> Encoder:
     """Load a sentence encoder in fp32, memory-mapped, without touching the network.
 
     ``name``: ``None`` for the bundled all-MiniLM-L6-v2, a local ``sentence-transformers`` folder,

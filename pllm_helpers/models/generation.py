@@ -107,12 +107,23 @@ def _token_ids(llm: LLM, prompt: Any, place: int, chat: bool, system: str | None
     ids = llm.tokenizer(text, add_special_tokens=not templated)["input_ids"]
     room = getattr(llm.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if not ids or len(ids) + new > room:
-        raise InputError(f"prompts[{place}]", f"expected 1 to {room - new} tokens (the model has room for {room}), got {len(ids)}",
-                         "Shorten the prompt or max_new_tokens.")  # fmt: skip
+        raise InputError(
+            f"prompts[{place}]",
+            f"expected 1 to {room - new} tokens (the model has room for {room}), got {len(ids)}",
+            "Shorten the prompt or max_new_tokens.",
+        )
     return ids
 
 
-def _decode(llm: LLM, rows: list[list[int]], places: list[int], new: int, temperature: float | int, top_p: float | int, seed: int) -> list[list[int]]:
+def _decode(
+    llm: LLM,
+    rows: list[list[int]],
+    places: list[int],
+    new: int,
+    temperature: float | int,
+    top_p: float | int,
+    seed: int,
+) -> list[list[int]]:
     """Token ids written after each row, stop token included."""
     from transformers import DynamicCache
 
@@ -130,12 +141,21 @@ def _decode(llm: LLM, rows: list[list[int]], places: list[int], new: int, temper
     written: list[list[int]] = [[] for _ in rows]
     stop = set(llm.stop_ids)
     for _ in range(new):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits = out.logits[:, -1].float()
         if draws is None:
             token = logits.argmax(-1)
         else:
-            token = torch.stack([_sample(row, temperature, top_p, draws[i]) for row, i in zip(logits, alive, strict=True)])
+            token = torch.stack(
+                [_sample(row, temperature, top_p, draws[i]) for row, i in zip(logits, alive, strict=True)]
+            )
         for i, t in zip(alive, token.tolist(), strict=True):
             written[i].append(t)
         open_rows = {i for i in alive if i < wanted and written[i][-1] not in stop}
@@ -165,8 +185,15 @@ def _sample(logits: torch.Tensor, temperature: float | int, top_p: float | int, 
     return token[torch.searchsorted(p.cumsum(0), point).clamp(max=int((p > 0).sum()) - 1)][0].to(logits.device)
 
 
-def _fp64_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                    attention_mask: torch.Tensor | None, scaling: float | None = None, **_: Any):  # fmt: skip
+def _fp64_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+):
     """Attention in double precision, rounded once at the end.
 
     Sums over a padded and an unpadded row differ by their order, about 1e-16 in fp64, which

