@@ -38,11 +38,11 @@ def last_run(notebook: str, results: Path | None = None) -> LastRun:
         row = next((r for r in content["notebooks"] if r["name"] == notebook), None)
         if row is None:
             return LastRun(f"The recorded run of the quick profile does not hold {notebook} yet.")
+        where = f"quick profile, {run['threads']} threads, {run['machine']['processor']}"
         return LastRun(
-            f"At the last recorded run (quick profile, {run['threads']} threads, {run['machine']['processor']}) this notebook took "
+            f"At the last recorded run ({where}) this notebook took "
             f"{row['seconds']:.0f} s from kernel start to end and at most {row['peak_rss_mb']:.0f} MB of memory."
         )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(
-            str(path.name), f"expected the results of a run, got {type(e).__name__}: {e}", "Type: make results."
-        ) from e
+        said = f"expected the results of a run, got {type(e).__name__}: {e}"
+        raise InputError(path.name, said, "Type: make results.") from e

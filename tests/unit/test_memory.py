@@ -31,13 +31,11 @@ sys.stdin.read()
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_second_kernel_adds_under_150_mb(dtype):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = lambda: subprocess.Popen(
-        [sys.executable, "-c", CHILD, dtype],
-        env=env,
-        stdin=subprocess.PIPE,  # noqa: E731
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+
+    def start():
+        command = [sys.executable, "-c", CHILD, dtype]
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
     first = start()
     first.stdout.readline()
     second = start()
