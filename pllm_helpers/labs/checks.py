@@ -22,7 +22,7 @@ def probe(
     mistakes: Mapping[str, Any],
     *,
     otherwise: str = "",
-    tolerance: float = 1e-6,
+    tolerance: float | int = 1e-6,
 ) -> None:
     """Call ``function`` on a copy of ``arguments`` and compare with ``expected``.
 
@@ -56,7 +56,7 @@ def passed(name: str) -> None:
     print(f"Passed: {name}.")
 
 
-def _same(a: Any, b: Any, tolerance: float) -> bool:
+def _same(a: Any, b: Any, tolerance: float | int) -> bool:
     if (
         isinstance(a, (list, tuple))
         and isinstance(b, (list, tuple))
