@@ -33,7 +33,7 @@ READINGS: tuple[str, ...] = get_args(Reading)
 MODES: tuple[str, ...] = get_args(Mode)
 
 DEFAULT_READING: Reading = "spectral"
-"""The only reading that puts real messages above repetition (``reading_evidence``, notebook 01)."""
+"""Stays in [0, 1] and puts real messages above repetition by the widest margin (``reading_evidence``, notebook 01)."""
 
 BINS = 100  # of the released code's histogram
 

@@ -503,5 +503,11 @@ class LabPage:
             if target is None:
                 widget = self.output().locator(".pllm-explorable")
                 target = widget if widget.count() else self.output()
+            size = self.page.viewport_size or {"width": 1280, "height": 1000}
+            box = target.first.bounding_box() or {"height": 0}
+            # an element taller than the window would lie partly below the notebook's own scroll area
+            self.page.set_viewport_size({**size, "height": max(size["height"], int(box["height"]) + 300)})
+            self.page.wait_for_timeout(300)
             target.first.screenshot(path=path)
+            self.page.set_viewport_size(size)
         return path

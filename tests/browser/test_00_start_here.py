@@ -9,7 +9,7 @@ import pytest
 
 from pllm_helpers.models import LLM, generate, load_llm
 
-from .kit import Lab, LabPage
+from .kit import Lab, LabPage, notebook
 
 pytestmark = pytest.mark.model
 
@@ -29,7 +29,7 @@ def page(lab: Lab) -> Iterator[LabPage]:
 def nb(page: LabPage) -> LabPage:
     """The open notebook with an empty conversation and greedy answers of at most 12 tokens."""
     page.eventually(lambda: page.output().locator(".pllm-busy.on").count() == 0)
-    page.button("New conversation").click()
+    page.button("Reset").click()
     page.eventually(lambda: page.text(".pllm-log") == "Nothing said yet.")
     page.by_label("Temperature").fill("0")
     page.by_label("Longest answer, in tokens").fill("12")
@@ -50,15 +50,19 @@ def visible(text: str) -> str:
     return "\n".join(line.strip() for line in text.split("\n")).strip()
 
 
-def test_machine_check_tells_the_truth(nb: LabPage, llm: LLM):
-    rows = [
-        [" ".join(c.split()) for c in row.locator("th, td").all_inner_texts()]
-        for row in nb.page.locator(".pllm-machine tbody tr").all()
-    ]
-    values = {row[0]: row[1] for row in rows}
-    assert values["Language model"] == llm.name and values["Number format"] == llm.dtype
-    assert values["Network"] == "off"
-    assert re.fullmatch(r"[1-9]\d* of [1-9]\d*", values["Threads"])
+def test_machine_check_tells_the_truth(lab: Lab, llm: LLM):
+    setup = "from pllm_helpers.models import load_llm\nfrom pllm_helpers.widgets import machine_check\nllm = load_llm()"
+    with lab.open(notebook(setup=setup, widget="machine_check(llm)")) as nb:
+        rows = [
+            [" ".join(c.split()) for c in row.locator("th, td").all_inner_texts()]
+            for row in nb.output().locator("tbody tr").all()
+        ]
+        values = {row[0]: row[1] for row in rows}
+        assert values["Language model"] == llm.name and values["Number format"] == llm.dtype
+        assert values["Network"] == "off"
+        assert re.fullmatch(r"[1-9]\d* of [1-9]\d*", values["Threads"])
+        nb.check_accessible()
+        nb.screenshot("00_machine")
 
 
 def test_keyboard_only_conversation_of_two_turns(nb: LabPage, llm: LLM):
@@ -139,7 +143,7 @@ def test_a_new_conversation_drops_the_answer_in_the_making(nb: LabPage):
     nb.by_label("Your message").fill("List ten rivers of Europe.")
     nb.page.keyboard.press("Enter")
     nb.eventually(lambda: nb.output().get_by_text("writing an answer…").is_visible())
-    nb.button("New conversation").focus()
+    nb.button("Reset").focus()
     nb.page.keyboard.press("Enter")
     nb.eventually(lambda: nb.text(".pllm-log") == "Nothing said yet.")
     nb.eventually(lambda: nb.output().locator(".pllm-busy.on").count() == 0, timeout=60)

@@ -110,9 +110,16 @@ def test_estimates_are_drawn_with_interval_and_numbers():
     fig = figures.add_estimates(figures.new_figure(), {"base": Estimate(4.5, 4.25, 5.0), "lora": Estimate.exact(4.0)})
     assert [t.x[0] for t in fig.data] == [4.5, 4.0]
     assert fig.data[0].error_x.array[0] == 0.5 and fig.data[0].error_x.arrayminus[0] == 0.25
-    assert [a.text for a in fig.layout.annotations] == ["4.5 [4.25, 5]", "4 [4, 4]"]
+    assert [a.text for a in fig.layout.annotations] == ["4.5 [4.25, 5]", "4"]
+    assert [t.y[0] for t in fig.data] == ["Base model", "LoRA"]
     with pytest.raises(InputError):
         figures.add_estimates(figures.new_figure(), {})
+
+
+def test_estimates_take_any_label():
+    fig = figures.add_estimates(figures.new_figure(), {"one by one": Estimate.exact(1.0), "<b>": Estimate.exact(2.0)})
+    assert [t.y[0] for t in fig.data] == ["one by one", "&lt;b&gt;"]
+    assert {t.marker.color for t in fig.data} == {figures.PALETTE["blue"]}
 
 
 def test_titles_and_labels_stay_text():
