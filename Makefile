@@ -6,8 +6,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+# waiting threads sleep instead of spinning: several kernels share the cores without slowing each other
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup browser run test lab bench check clean
+.PHONY: help setup browser run test lab bench results check clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -45,6 +47,11 @@ lab: setup ## open the series in JupyterLab
 
 bench: setup ## compare with peers on this machine into benchmarks/results.json
 	$(BIN)/python -m benchmarks $(ARGS)
+
+results: setup ## run the series and record its times and verdicts in data/results
+	$(BIN)/pllm run --out runs/results $(ARGS)
+	mkdir -p data/results && cp runs/results/results.json data/results/series_quick.json
+	$(BIN)/python -m pllm_helpers.corpora.manifest --write
 
 check: setup ## style only
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # as in the notebooks: one process does not take all cores, hubs are not asked
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # a test that reaches for another machine fails, whatever library does it
