@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class Encoder:
     model: Any
     name: str
     max_tokens: int
+    lock: Any = field(default_factory=threading.RLock, repr=False)  # a widget may encode while a cell does
 
     def __repr__(self) -> str:
         return f"Encoder({self.name}, {self.dim} dimensions, at most {self.max_tokens} tokens)"
@@ -79,14 +81,15 @@ class Encoder:
             raise InputError("batch_size", f"expected at least 1, got {batch_size}")
         if not texts:
             return
-        rows = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.max_tokens,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        with self.lock:  # fast tokenizers must not be shared between threads
+            rows = self.tokenizer(
+                list(texts),
+                truncation=True,
+                max_length=self.max_tokens,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
         special = torch.tensor(sorted(self.tokenizer.all_special_ids))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         pad = self.tokenizer.pad_token_id or 0

@@ -77,10 +77,11 @@ def generate(
     _in_range("batch_size", batch_size, 1, 10_000)
     if not 0 < top_p <= 1:
         raise InputError("top_p", f"expected a number above 0 and at most 1, got {top_p}")
-    rows = [_token_ids(llm, p, i, chat, system, max_new_tokens) for i, p in enumerate(prompts)]
+    with llm.lock:
+        rows = [_token_ids(llm, p, i, chat, system, max_new_tokens) for i, p in enumerate(prompts)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: memory peaks at once, not at the end
     answers: list[Generation] = [Generation("", 0, False)] * len(rows)
-    with progress_bar(len(rows), "answers", progress) as bar, torch.inference_mode(), batch_invariant(llm):
+    with progress_bar(len(rows), "answers", progress) as bar, llm.lock, torch.inference_mode(), batch_invariant(llm):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             written = _decode(llm, [rows[i] for i in chosen], chosen, max_new_tokens, temperature, top_p, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class LLM:
     dtype: str
     kind: Literal["causal", "masked"] = "causal"
     folder: Path | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.RLock, repr=False)  # a widget may answer while a cell generates
 
     def __repr__(self) -> str:
         return f"LLM({self.name}, {self.parameters / 1e6:.0f}M parameters, {self.dtype}, {self.kind})"

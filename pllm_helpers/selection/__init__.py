@@ -7,6 +7,7 @@ from .metrics import (
     READINGS,
     domain_specific_score,
     dominant_domain,
+    embedding_probabilities,
     entropy_of_embedding,
     in_domain_dissimilarity,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "batched_entropy",
     "domain_specific_score",
     "dominant_domain",
+    "embedding_probabilities",
     "entropy_of_embedding",
     "highlight",
     "in_domain_dissimilarity",

@@ -53,7 +53,7 @@ class Lexicons(Mapping[str, frozenset[str]]):
         for name, words in lists.items():
             if isinstance(words, str) or not all(isinstance(w, str) for w in words):
                 raise InputError(f"lexicons[{name!r}]", "expected a collection of words")
-            folded = [w.strip().casefold() for w in words]
+            folded = [w.strip().casefold().replace("’", "'") for w in words]  # as word_tokens does
             kept = frozenset(w for w in folded if w)
             if not kept:
                 raise InputError(f"lexicons[{name!r}]", "expected at least one word, got none")

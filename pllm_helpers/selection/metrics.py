@@ -23,6 +23,7 @@ __all__ = [
     "Reading",
     "domain_specific_score",
     "dominant_domain",
+    "embedding_probabilities",
     "entropy_of_embedding",
     "in_domain_dissimilarity",
 ]
@@ -41,8 +42,11 @@ BINS = 100  # of the released code's histogram
 def as_array(values: object, what: str, ndim: int) -> Float[np.ndarray, "..."]:
     """fp64 array of ``ndim`` dimensions; refuses NaN, infinity, complex numbers and other shapes."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().to(torch.float64).numpy()
+        values = values.detach().cpu().resolve_conj()
+        values = (values if values.is_complex() else values.to(torch.float64)).numpy()
     try:
+        if np.iscomplexobj(values):  # NumPy would drop the imaginary part with no more than a warning
+            raise TypeError
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as e:
         raise InputError(what, f"expected numbers, got {type(values).__name__}") from e
@@ -98,23 +102,41 @@ def entropy_of_embedding(
             "token_embeddings", f"expected at least one token, got shape {x.shape}", "Leave empty texts out."
         )
     if mode == "released_code":
-        return _histogram_entropy(x[-1]) / math.log2(n + 1)
+        return _entropy(_histogram(x[-1])) / math.log(2) / math.log2(n + 1)
+    p = embedding_probabilities(x, reading)
     if reading == "histogram":
-        return _histogram_entropy(x.mean(0)) / math.log2(n + 1)
-    if n == 1:
-        return 0.0
+        return _entropy(p) / math.log(2) / math.log2(n + 1)
+    return min(1.0, max(0.0, _entropy(p) / math.log(n))) if n > 1 else 0.0  # clipped against rounding only
+
+
+def embedding_probabilities(
+    token_embeddings: Float[np.ndarray, "n d"] | Float[torch.Tensor, "n d"] | Sequence[Any],
+    reading: str = DEFAULT_READING,
+) -> Float[np.ndarray, " k"]:
+    """The p behind a reading of :func:`entropy_of_embedding`, summing to 1.
+
+    ``norm``: one share per token, in their order, k = n. ``spectral``: eigenvalues, largest first,
+    k ≤ min(n, d). ``histogram``: k = 100 bins, from the smallest to the largest component. If all
+    vectors are zero, one outcome is certain: p = 1, 0, 0 … Arguments and errors as there.
+    """
+    check_choice(reading, READINGS, "reading")
+    x = as_array(token_embeddings, "token_embeddings", 2)
+    if not x.size:
+        raise InputError(
+            "token_embeddings", f"expected at least one token, got shape {x.shape}", "Leave empty texts out."
+        )
+    if reading == "histogram":
+        return _histogram(x.mean(0))
     x = x / (np.abs(x).max() or 1.0)  # squares must not overflow
     lengths = np.linalg.norm(x, axis=1)
     if lengths.sum() == 0:
-        return 0.0
+        return np.eye(1, len(x))[0]
     if reading == "norm":
-        p = lengths / lengths.sum()
-    else:
-        unit = x[lengths > 0] / lengths[lengths > 0, None]
-        small = unit @ unit.T if len(unit) <= d else unit.T @ unit  # both have the same non-zero eigenvalues
-        p = np.linalg.eigvalsh(small).clip(min=0)
-        p = p / p.sum()
-    return min(1.0, max(0.0, _entropy(p) / math.log(n)))  # clipped against rounding only
+        return lengths / lengths.sum()
+    unit = x[lengths > 0] / lengths[lengths > 0, None]
+    small = unit @ unit.T if len(unit) <= x.shape[1] else unit.T @ unit  # both have the same non-zero eigenvalues
+    p = np.linalg.eigvalsh(small).clip(min=0)[::-1]
+    return p / p.sum()
 
 
 def _entropy(p: Float[np.ndarray, " k"]) -> float:
@@ -122,9 +144,9 @@ def _entropy(p: Float[np.ndarray, " k"]) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def _histogram_entropy(vector: Float[np.ndarray, " d"]) -> float:
+def _histogram(vector: Float[np.ndarray, " d"]) -> Float[np.ndarray, " k"]:
     counts, _ = np.histogram(vector, bins=BINS)
-    return _entropy(counts / counts.sum()) / math.log(2)
+    return counts / counts.sum()
 
 
 def domain_specific_score(tokens: Sequence[str], lexicons: Mapping[str, Collection[str]]) -> float:
@@ -189,8 +211,10 @@ def in_domain_dissimilarity(
     others = as_array(same_domain_embeddings, "same_domain_embeddings", 2)
     if others.shape[1] != len(e):
         raise InputError("same_domain_embeddings", f"expected {len(e)} dimensions, got {others.shape[1]}")
-    size, sizes = np.linalg.norm(e), np.linalg.norm(others, axis=1)
-    if size == 0 or (sizes == 0).any():
+    largest, peaks = np.abs(e).max(initial=0), np.abs(others).max(axis=1, keepdims=True, initial=0)
+    if largest == 0 or (peaks == 0).any():
         raise InputError("embedding", "expected vectors with a direction, got a zero vector", "Leave empty texts out.")
-    similarity = float(np.mean(np.clip(others @ e / sizes / size, -1, 1)))
+    e, others = e / largest, others / peaks  # squares must neither over- nor underflow
+    cosines = others @ e / np.linalg.norm(others, axis=1) / np.linalg.norm(e)
+    similarity = float(np.mean(np.clip(cosines, -1, 1)))  # clipped against rounding only
     return similarity if mode == "released_code" else 1.0 - similarity

@@ -91,10 +91,11 @@ class DomainMeans:
     def unit(embedding: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
         """The embedding in fp64, scaled to length 1. Raises on zero and NaN."""
         e = np.asarray(embedding, dtype=np.float64)
-        size = float(np.linalg.norm(e))
-        if not math.isfinite(size) or size == 0:
+        largest = float(np.abs(e).max(initial=0))
+        if not math.isfinite(largest) or largest == 0:
             raise InputError("embedding", "expected a vector with a direction, got a zero vector or NaN")
-        return e / size
+        e = e / largest  # squares must neither over- nor underflow
+        return e / np.linalg.norm(e)
 
     def add(self, embedding: Float[np.ndarray, " d"], domain: str | None) -> None:
         """Count one buffered set in."""
@@ -117,6 +118,7 @@ class DomainMeans:
         if count == 0:
             return 1.0 if mode == "paper" else 0.0
         similarity = float(self.unit(embedding) @ self.sums[domain]) / count
+        similarity = min(1.0, max(-1.0, similarity))  # clipped against rounding only
         return similarity if mode == "released_code" else 1.0 - similarity
 
 
@@ -145,6 +147,8 @@ def score_dialogues(
     """
     check_choice(reading, READINGS, "reading")
     check_choice(mode, MODES, "mode")
+    if isinstance(dialogues, str):
+        raise InputError("dialogues", "expected a list of dialogue sets or texts", "Put a single text into a list.")
     texts = [d.text if isinstance(d, DialogueSet) else d for d in dialogues]
     lists = lexicons if isinstance(lexicons, Lexicons) else Lexicons(lexicons)
     hits, n_words = count_hits([word_tokens(t) for t in texts], lists)
@@ -158,10 +162,10 @@ def score_dialogues(
         eoe[batch.indices] = batched_entropy(batch.vectors, batch.mask, reading=reading, mode=mode).numpy()
         n_tokens[batch.indices] = batch.mask.sum(1).numpy()
         embeddings[batch.indices] = torch.nn.functional.normalize(batch.sentence.float(), dim=1).numpy()
-    if not np.isfinite(eoe).all():
-        raise InputError("encoder", "expected finite embeddings, got NaN or infinity")
     if embeddings is None:
-        embeddings = np.zeros((0, 0), dtype=np.float32)
+        embeddings = np.zeros((n, 0), dtype=np.float32)
+    if not np.isfinite(embeddings).all():
+        raise InputError("encoder", "expected finite embeddings, got NaN or infinity")
     return MetricTable(eoe, dss, domain, embeddings, n_tokens, n_words, tuple(lists), reading, mode)
 
 
@@ -175,9 +179,12 @@ def batched_entropy(
 ) -> Float[torch.Tensor, " b"]:
     """EOE of a padded batch; row i equals ``entropy_of_embedding(vectors[i][mask[i]])`` within 1e-5.
 
-    Rows without a token score 0.
+    Rows without a token score 0. What stands at padding does not count, be it NaN. Raises
+    :class:`~pllm_helpers.runtime.InputError` on NaN or infinity at a token.
     """
-    x = vectors.float() * mask[..., None]
+    x = torch.where(mask[..., None], vectors, 0).float()
+    if not torch.isfinite(x.sum((1, 2))).all() and not torch.isfinite(x).all():
+        raise InputError("vectors", "expected finite embeddings, got NaN or infinity", "Has the model diverged?")
     count = mask.sum(1)
     log_n = count.clamp(min=2).double().log()
     if mode == "released_code" or reading == "histogram":
@@ -206,7 +213,11 @@ def _histogram_entropies(vectors: Float[torch.Tensor, "b d"]) -> Float[torch.Ten
     low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
     flat = low == high
     low, high = np.where(flat, low - 0.5, low), np.where(flat, high + 0.5, high)
+    edges = np.linspace(low[:, 0], high[:, 0], BINS + 1, axis=1)
     place = np.minimum(((values - low) / (high - low) * BINS).astype(int), BINS - 1)
+    # a value next to an edge may have been rounded across it: the edges decide
+    place -= values < np.take_along_axis(edges, place, 1)
+    place += (values >= np.take_along_axis(edges, place + 1, 1)) & (place < BINS - 1)
     counts = np.zeros((len(values), BINS))
     np.add.at(counts, (np.arange(len(values))[:, None], place), 1)
     p = torch.from_numpy(counts / values.shape[1])

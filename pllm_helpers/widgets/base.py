@@ -23,6 +23,7 @@ import contextvars
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,8 +55,11 @@ def from_page() -> bool:
     return (kernel.get_parent() or {}).get("header", {}).get("msg_type") == "comm_msg"
 
 
+Job = Callable[[Callable[[], bool]], Any]
+
+
 class Latest:
-    """Runs jobs one at a time in a thread of its own; of those that wait, only the newest.
+    """Runs jobs one at a time in a thread of its own; of those that may be overtaken, only the newest.
 
     The kernel stays free for events meanwhile. A job gets ``stale()``, which says whether a newer
     one waits: its result is then not worth drawing.
@@ -63,14 +67,22 @@ class Latest:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: tuple[float, Callable[[Callable[[], bool]], None], contextvars.Context] | None = None
+        self._newest: tuple[float, Job, contextvars.Context] | None = None
+        self._queue: deque[tuple[Job, contextvars.Context]] = deque()
         self._running = False
 
-    def submit(self, job: Callable[[Callable[[], bool]], None], delay: float | int = 0) -> None:
-        """Run ``job(stale)`` once ``delay`` seconds have passed without another submission."""
+    def submit(self, job: Job, delay: float | int = 0, *, keep: bool = False) -> None:
+        """Run ``job(stale)`` once ``delay`` seconds have passed without another submission.
+
+        With ``keep=True`` at the next chance, in order, and never dropped: for what a person did
+        on purpose, such as pressing a button.
+        """
+        context = contextvars.copy_context()  # carries the message that caused this to its replies
         with self._changed:
-            # the context carries the message that caused this, so that replies find their page
-            self._waiting = (time.monotonic() + delay, job, contextvars.copy_context())
+            if keep:
+                self._queue.append((job, context))
+            else:
+                self._newest = (time.monotonic() + delay, job, context)
             self._changed.notify_all()
             if not self._running:
                 self._running = True
@@ -82,26 +94,34 @@ class Latest:
         with self._changed:
             return self._running
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a job waits."""
+        with self._changed:
+            return bool(self._newest or self._queue)
+
     def wait(self, timeout: float | int = 60) -> bool:
         """Block until nothing runs or waits; ``False`` after ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, timeout)
 
-    def _stale(self) -> bool:
-        with self._changed:
-            return self._waiting is not None
-
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting and (pause := self._waiting[0] - time.monotonic()) > 0:
-                    self._changed.wait(pause)
-                if self._waiting is None:
-                    self._running = False
-                    self._changed.notify_all()
-                    return
-                (_, job, context), self._waiting = self._waiting, None
-            context.run(job, self._stale)
+        while (found := self._next()) is not None:
+            job, context = found
+            context.run(job, lambda: self.waiting)
+
+    def _next(self) -> tuple[Job, contextvars.Context] | None:
+        with self._changed:
+            while self._newest and not self._queue and (pause := self._newest[0] - time.monotonic()) > 0:
+                self._changed.wait(pause)
+            if self._queue:
+                return self._queue.popleft()
+            if self._newest:
+                (_, job, context), self._newest = self._newest, None
+                return job, context
+            self._running = False
+            self._changed.notify_all()
+            return None
 
 
 class Explorable:
@@ -219,25 +239,32 @@ class Explorable:
             self._fail(error)
             raise
 
-    def background(self, job: Callable[[Callable[[], bool]], Any], delay: float | int = 0) -> None:
+    def background(self, job: Job, delay: float | int = 0, *, keep: bool = False) -> None:
         """Run ``job(stale)`` outside the kernel's own thread, busy sign on; errors are shown in place.
 
-        A job that another one has overtaken in the queue never starts; one that runs can ask
-        ``stale()`` whether its result is still wanted.
+        A job that another one has overtaken in the queue never starts, unless ``keep`` is true;
+        one that runs can ask ``stale()`` whether its result is still wanted.
         """
 
         def quiet(stale: Callable[[], bool]) -> None:
             try:
                 job(stale)
             except Exception as error:
-                if not stale():
+                if keep or not stale():
                     self._fail(error)
             finally:
                 if not stale():
                     self._busy.kind = "pllm-busy"
 
         self._busy.kind = "pllm-busy on"
-        self._latest.submit(quiet, delay)
+        self._latest.submit(quiet, delay, keep=keep)
+
+    def act(self, action: Callable[[], Any]) -> None:
+        """What a button does: in the background for a hand in a page, at once and raising for code."""
+        if from_page():
+            self.background(lambda _: action(), keep=True)
+        else:
+            self.attempt(action)
 
     def _refresh(self, stale: Callable[[], bool]) -> Any:
         result = self.compute(**self.values)

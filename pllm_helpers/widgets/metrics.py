@@ -25,6 +25,7 @@ from ..selection import (
     Span,
     domain_specific_score,
     dominant_domain,
+    embedding_probabilities,
     entropy_of_embedding,
     highlight,
     in_domain_dissimilarity,
@@ -83,20 +84,6 @@ class Scores:
     buffered: int
 
 
-def embedding_probabilities(vectors: Float[np.ndarray, "n d"], reading: str) -> Float[np.ndarray, " k"]:
-    """The p behind :func:`~pllm_helpers.selection.entropy_of_embedding`; sums to 1."""
-    x = vectors.astype(np.float64)
-    lengths = np.linalg.norm(x, axis=1)
-    if reading == "norm":
-        return lengths / lengths.sum()
-    if reading == "spectral":
-        unit = x / lengths[:, None]
-        values = np.linalg.eigvalsh(unit @ unit.T if len(x) <= x.shape[1] else unit.T @ unit)[::-1].clip(min=0)
-        return values / values.sum()
-    counts, _ = np.histogram(x.mean(0), bins=100)
-    return counts / counts.sum()
-
-
 class MetricExplorer(Explorable):
     """Words marked by lexicon, three scores, and the p behind three readings of EOE."""
 
@@ -123,9 +110,14 @@ class MetricExplorer(Explorable):
             w.observe(self._typed, names="value")
         self.keep = ipywidgets.Button(description="Keep in buffer", tooltip="Add this dialogue to the buffer")
         self.drop = ipywidgets.Button(description="Empty the buffer", tooltip="Remove every dialogue from the buffer")
-        self.keep.on_click(lambda _: self._clicked(self.keep_dialogue))
-        self.drop.on_click(lambda _: self._clicked(self.empty_buffer))
-        buttons = ipywidgets.HBox([self.keep, self.drop]).add_class("pllm-buttons")
+        self.restore = ipywidgets.Button(description="Restore the buffer", tooltip="Back to the buffer of the start")
+        for button, action in (
+            (self.keep, self.keep_dialogue),
+            (self.drop, self.empty_buffer),
+            (self.restore, self.restore_buffer),
+        ):
+            button.on_click(lambda _, action=action: self.act(action))
+        buttons = ipywidgets.HBox([self.keep, self.drop, self.restore]).add_class("pllm-buttons")
         self.words, self.cards = Region(kind="pllm-words"), Region()
         self.plot, self.described = self._empty_plot(), Region()
         controls = {"example": self.example, "question": self.question, "answer": self.answer}
@@ -165,6 +157,12 @@ class MetricExplorer(Explorable):
         self._empty()
         self.refresh()
 
+    def restore_buffer(self) -> None:
+        """Fill the buffer as it was at the start."""
+        self._empty()
+        self._add(list(self.buffer))
+        self.refresh()
+
     def _dialogue(self, question: str, answer: str) -> DialogueSet:
         if not (question.strip() or answer.strip()):
             raise InputError(
@@ -186,14 +184,6 @@ class MetricExplorer(Explorable):
         self._embeddings = np.concatenate([self._embeddings, table.embeddings])
 
     # -- events ---------------------------------------------------------------------------------
-    def _clicked(self, action: Any) -> None:
-        from .base import from_page
-
-        if from_page():
-            self.background(lambda _: action())
-        else:
-            self.attempt(action)
-
     def _chosen(self, change: Any) -> None:
         if change["new"] in EXAMPLES:
             with self.held():
@@ -220,11 +210,10 @@ class MetricExplorer(Explorable):
 
     def summary(self, result: Scores) -> str:
         rows = [
-            (f"EOE ({self.reading})", f"{result.eoe[self.reading]:.3f}"),
+            *((f"EOE, {r} reading", f"{v:.3f}") for r, v in result.eoe.items()),
             ("DSS", f"{result.dss:.3f}"),
             ("Dominant domain", result.domain or "none"),
             ("IDD", f"{result.idd:.3f}"),
-            *((f"EOE, reading {r}", f"{v:.3f}") for r, v in result.eoe.items()),
         ]
         marked = ", ".join(f"{esc(s.word)} ({esc(', '.join(s.lexicons))})" for s in result.spans if s.lexicons)
         body = "".join(f'<tr><th scope="row">{esc(a)}</th><td>{esc(b)}</td></tr>' for a, b in rows)
@@ -269,8 +258,8 @@ class MetricExplorer(Explorable):
 
     def _cards_html(self, s: Scores) -> str:
         hits, words = sum(s.hits.values()), len(s.spans)
-        counted = f"{hits} hit{'s' * (hits != 1)} in {words} word{'s' * (words != 1)}, mean over {len(s.hits)} lexicons"
-        sets = "1 set" if s.peers == 1 else f"{s.peers} sets"
+        counted = f"{_count(hits, 'hit')} in {_count(words, 'word')}, mean over {_count(len(s.hits), 'lexicon')}"
+        sets = _count(s.peers, "set")
         peers = (
             f"mean distance to {sets} {'of this domain' if s.domain else 'without a domain'}; buffer holds {s.buffered}"
         )
@@ -281,7 +270,7 @@ class MetricExplorer(Explorable):
                 "EOE",
                 f"{s.eoe[self.reading]:.3f}",
                 s.eoe[self.reading],
-                f"{self.reading} reading, {len(s.tokens)} tokens",
+                f"{self.reading} reading, {_count(len(s.tokens), 'token')}",
             ),
             ("DSS", f"{s.dss:.3f}", s.dss, counted),
             ("Dominant domain", s.domain or "none", None, "the lexicon with the most words"),
@@ -327,6 +316,10 @@ class MetricExplorer(Explorable):
                     axis.tickvals = np.arange(1, len(p) + 1) if named else None
                     axis.ticktext = [html.escape(t) for t in s.tokens] if named else None
                     axis.tickangle = -60 if named else 0
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _lexicon_looks(lexicons: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

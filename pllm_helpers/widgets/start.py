@@ -192,10 +192,11 @@ class Chat(Explorable):
             self.ask(message)
         elif not self._answering:
             self._answering = True  # before the thread starts: a second click must not slip in
-            self.background(lambda _: self._exchange(message))
+            self.background(lambda _: self._exchange(message), keep=True)
 
     def _exchange(self, message: str) -> Turn:
         self._answering, self.prompt.waiting = True, True
+        self._error.kind = self._error.html = ""
         era = self._era
         try:
             turn = self._answer(message)

@@ -5,11 +5,11 @@ the widget as a learner would, and compares what the page shows with the package
 
     def test_slider_moves_the_curve(lab):
         with lab.open("04_lora") as nb:                      # runs the cells, fails on any error
-            nb.by_label("Rank").fill("8")                    # mouse and keyboard as in playwright
-            nb.page.keyboard.press("Tab")
-            nb.eventually(lambda: nb.text(".pllm-status") == "Ready")
+            nb.by_label("Rank").focus()                      # mouse and keyboard as in playwright
+            nb.page.keyboard.press("ArrowRight")
+            nb.eventually(lambda: nb.text(".pllm-rank") == "rank 5")
             (trace,) = nb.figure()["data"]                   # what the browser draws, decoded
-            assert trace["y"] == pytest.approx(expected(rank=8))
+            assert trace["y"] == pytest.approx(expected(rank=5))
             nb.check_accessible()                            # axe: nothing serious or critical
             nb.screenshot("04_lora")                         # artefacts/browser/04_lora.png
 
@@ -177,6 +177,7 @@ class Lab:
         self._chromium = chromium
         self._server: subprocess.Popen | None = None
         self._count = 0
+        self.pages: list[LabPage] = []
 
     # -- life ---------------------------------------------------------------------------------
     def __enter__(self) -> Lab:
@@ -234,6 +235,10 @@ class Lab:
             "LabApp.expose_app_in_browser": True,
             "LabApp.news_url": None,
             "LabApp.extension_manager": "readonly",
+            # should a test run be killed, the server goes by itself
+            "ServerApp.shutdown_no_activity_timeout": 1800,
+            "MappingKernelManager.cull_idle_timeout": 1800,
+            "MappingKernelManager.cull_connected": True,
         }
         command = [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())]
         with open(self._log_path, "w", encoding="utf-8") as log:
@@ -320,6 +325,7 @@ class Lab:
             viewport={"width": width, "height": height}, reduced_motion="reduce", locale="en-GB"
         )
         page = LabPage(self, context.new_page(), target.name)
+        self.pages.append(page)
         try:
             page._open(dark)
             if run:
@@ -351,13 +357,13 @@ class LabPage:
             if kind is None:
                 self.check_clean()
             else:
-                with suppress(Exception):  # the test's own failure is the one to read
-                    self.screenshot(f"failed-{self.name.removesuffix('.ipynb')}", scope="page")
+                self.screenshot_of_failure(self.name.removesuffix(".ipynb"))
         finally:
             self.close()
 
     def close(self) -> None:
         """Close the page and shut the notebook's kernel down."""
+        self.lab.pages.remove(self)
         self.page.context.close()
         for session in self.lab.api("sessions"):
             if session["path"] == self.name:
@@ -511,3 +517,8 @@ class LabPage:
             target.first.screenshot(path=path)
             self.page.set_viewport_size(size)
         return path
+
+    def screenshot_of_failure(self, name: str) -> None:
+        """Keep a picture of the window as ``artefacts/browser/failed-NAME.png``; never fails itself."""
+        with suppress(Exception):  # the test's own failure is the one to read
+            self.screenshot(f"failed-{name}", scope="page")

@@ -63,6 +63,10 @@ def test_unusable_files(tmp_path, content, message):
         load_lexicons(path)
 
 
+def test_typographic_apostrophes_match():
+    assert Lexicons({"x": ["Don’t"]})["x"] == {"don't"} == set(word_tokens("don’t"))
+
+
 def test_unknown_names(tmp_path):
     with pytest.raises(InputError, match="'medical'"):
         load_lexicons("medcal")

@@ -108,6 +108,9 @@ def test_edges(reading):
             entropy_of_embedding(bad if isinstance(bad, list) else bad.tolist(), reading)
     with pytest.raises(InputError, match="reading"):
         entropy_of_embedding(np.ones((2, 2)), "shannon")
+    for bad in ([[1j, 2.0]], [["a", "b"]]):
+        with pytest.raises(InputError, match="numbers"):
+            entropy_of_embedding(bad, reading)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -134,6 +137,30 @@ def test_batch_equals_scalar(reading, mode):
             kept = x[row][mask[row]]
             expected = entropy_of_embedding(kept, reading, mode=mode) if len(kept) else 0.0
             assert got[row].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_batch_bins_coarse_numbers_as_numpy_does(dtype):
+    """Components on a coarse grid fall on bin edges, where rounding decides about the bin."""
+    x = torch.randn(200, 3, 576, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] = 1.0  # all in one bin
+    got = batched_entropy(x, torch.ones(200, 3, dtype=torch.bool), mode="released_code")
+    expected = [entropy_of_embedding(v, mode="released_code") for v in x]
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_batch_refuses_nan_at_tokens_and_ignores_it_at_padding(reading):
+    x, mask = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2)), torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    expected = batched_entropy(x, mask, reading=reading)
+    for odd in (math.nan, math.inf):
+        broken = x.clone()
+        broken[1, 4] = odd
+        torch.testing.assert_close(batched_entropy(broken, mask, reading=reading), expected)
+        broken[2, 0, 1] = odd
+        with pytest.raises(InputError, match="finite"):
+            batched_entropy(broken, mask, reading=reading)
 
 
 @given(st.lists(word, max_size=12))
@@ -202,6 +229,11 @@ def test_dissimilarity_edges():
         in_domain_dissimilarity(e, [[1.0, 1.0, 1.0]])
     with pytest.raises(InputError, match="finite"):
         in_domain_dissimilarity(e, [[math.nan, 1.0]])
+    for size in (1e-170, 1e170):  # squares under- and overflow
+        means = DomainMeans()
+        means.add(np.array([0.0, size]), "d")
+        assert in_domain_dissimilarity(e * size, [[0.0, size], [size, size]]) == pytest.approx(1 - math.sqrt(0.5) / 2)
+        assert means.idd(np.array([size, size]), "d") == pytest.approx(1 - math.sqrt(0.5))
 
 
 def test_domain_means_forget():

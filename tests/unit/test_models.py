@@ -308,3 +308,24 @@ def test_encoder_refuses(encoder):
         list(encoder.forward_batches(["a"], 0))
     with pytest.raises(InputError, match="encoder"):
         load_encoder("./missing")
+
+
+def test_a_widget_may_generate_while_a_cell_does(llm):
+    """Two threads, one model: both get the answers that they would get alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = generate(llm, QUESTIONS[:2], max_new_tokens=6)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(generate, llm, QUESTIONS[:2], max_new_tokens=6) for _ in range(4)]
+        assert [j.result() for j in jobs] == [expected] * 4
+    assert llm.model.config._attn_implementation == "eager"
+
+
+def test_threads_share_an_encoder(encoder):
+    from concurrent.futures import ThreadPoolExecutor
+
+    texts = [f"text number {k}" for k in range(40)]
+    expected = encoder.encode(texts)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: encoder.encode(texts), range(8)):
+            np.testing.assert_allclose(got, expected, atol=2e-6)

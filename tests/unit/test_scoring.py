@@ -97,6 +97,8 @@ def test_refuses(encoder, lexicons):
     for arguments in ({"reading": "x"}, {"mode": "x"}, {"batch_size": 0}):
         with pytest.raises(InputError, match=next(iter(arguments))):
             score_dialogues([DialogueSet("u", "a", "b")], encoder, lexicons, **arguments)
+    with pytest.raises(InputError, match="dialogues"):
+        score_dialogues("one text", encoder, lexicons)
 
 
 def test_evidence_for_the_default_reading(encoder, stream):

@@ -134,6 +134,25 @@ def test_only_the_newest_waiting_job_runs():
     assert ran == [19] and not queue.busy
 
 
+def test_what_a_person_did_on_purpose_is_never_dropped():
+    started, go, ran = threading.Event(), threading.Event(), []
+    queue = Latest()
+
+    def slow(_: Any) -> None:
+        started.set()
+        assert go.wait(10)
+
+    queue.submit(slow)
+    assert started.wait(10)
+    for i in range(3):
+        queue.submit(lambda _, i=i: ran.append(f"typed {i}"))
+        queue.submit(lambda _, i=i: ran.append(f"pressed {i}"), keep=True)
+    assert queue.waiting
+    go.set()
+    assert queue.wait(10) and not queue.waiting
+    assert ran == ["pressed 0", "pressed 1", "pressed 2", "typed 2"]
+
+
 def test_a_running_job_learns_that_it_is_stale():
     started, overtaken, told = threading.Event(), threading.Event(), []
     queue = Latest()
