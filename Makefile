@@ -43,7 +43,7 @@ test: browser ## every test: units, notebooks, browser
 	$(BIN)/python -m pytest --jaxtyping-packages=pllm_helpers,beartype.beartype $(ARGS)
 
 lab: setup ## open the series in JupyterLab
-	$(BIN)/jupyter lab --LabApp.news_url=none notebooks $(ARGS)
+	$(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate notebooks $(ARGS)
 
 bench: setup ## compare with peers on this machine into benchmarks/results.json
 	$(BIN)/python -m benchmarks $(ARGS)
