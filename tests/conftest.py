@@ -54,3 +54,19 @@ def write_notebook() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One Chromium for the whole run (a second playwright beside the first would not start)."""
+    from playwright.sync_api import sync_playwright
+
+    from tests.chromium import CHROMIUM_FLAGS, find_chromium
+
+    path = find_chromium()
+    if path is None:
+        pytest.skip("no Chromium or Chrome found: install one (Debian: apt-get install chromium) or set PLLM_CHROMIUM")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS, headless=True)
+        yield browser
+        browser.close()

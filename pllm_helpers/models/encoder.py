@@ -68,7 +68,7 @@ class Encoder:
 
     @torch.inference_mode()
     def forward_batches(
-        self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None
+        self, texts: Sequence[str], batch_size: int = 16, *, progress: bool | None = None
     ) -> Iterator[EncodedBatch]:
         """Run the encoder over ``texts``, shortest first, and hand out its padded batches.
 
@@ -110,7 +110,7 @@ class Encoder:
                 bar.update(len(chosen))
 
     def encode(
-        self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None
+        self, texts: Sequence[str], batch_size: int = 16, *, progress: bool | None = None
     ) -> Float[np.ndarray, "n d"]:
         """Sentence embeddings, unit length, in the order of ``texts``; shape ``(n, dim)``."""
         out = np.zeros((len(texts), self.dim), dtype=np.float32)
@@ -119,7 +119,7 @@ class Encoder:
         return out
 
     def embed(
-        self, texts: Sequence[str], batch_size: int = 32, *, progress: bool | None = None
+        self, texts: Sequence[str], batch_size: int = 16, *, progress: bool | None = None
     ) -> list[TokenEmbeddings]:
         """Tokens, token embeddings and sentence embedding of each text, special tokens dropped."""
         out: list[TokenEmbeddings | None] = [None] * len(texts)

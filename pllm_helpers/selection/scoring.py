@@ -129,7 +129,7 @@ def score_dialogues(
     *,
     reading: str = DEFAULT_READING,
     mode: str = "paper",
-    batch_size: int = 32,
+    batch_size: int = 16,
     progress: bool | None = None,
 ) -> MetricTable:
     """EOE, DSS, dominant domain and embedding of many dialogue sets (Qin et al.).

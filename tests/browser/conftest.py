@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import pytest
+from playwright.sync_api import Browser
 
-from .kit import Lab, LabPage, find_chromium
+from .kit import Lab, LabPage
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory, chromium: Browser) -> Iterator[Lab]:
     """See ``kit.py``: ``with lab.open("01_buffer_metrics") as nb: …``."""
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium or Chrome found: install one (Debian: apt-get install chromium) or set PLLM_CHROMIUM")
     with Lab(tmp_path_factory.mktemp("lab"), chromium) as running:
         yield running
 

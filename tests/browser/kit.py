@@ -27,7 +27,6 @@ import ast
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -44,32 +43,14 @@ from urllib.parse import urlsplit
 import nbformat
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 
-__all__ = ["Lab", "LabPage", "find_chromium", "notebook", "reduce_notebook"]
+__all__ = ["Lab", "LabPage", "notebook", "reduce_notebook"]
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = Path(os.environ.get("PLLM_NOTEBOOKS") or ROOT / "notebooks")
 ARTEFACTS = ROOT / "artefacts" / "browser"
 TAGS = ("parameters", "setup", "widget")
-
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--no-default-browser-check",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-default-apps",
-    "--disable-domain-reliability",
-    "--disable-extensions",
-    "--disable-sync",
-    "--force-color-profile=srgb",
-    "--metrics-recording-only",
-    # even a request that no listener sees finds no host to go to
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
-]
 
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {
@@ -109,16 +90,6 @@ el => {
   return {data: plain(el.data), layout: plain(el.layout)};
 }
 """
-
-
-def find_chromium() -> str | None:
-    """Path of a Chromium or Chrome on this machine, or ``None``."""
-    wanted = os.environ.get("PLLM_CHROMIUM")
-    if wanted:
-        return shutil.which(wanted)
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    mac = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-    return next((p for p in map(shutil.which, names) if p), str(mac) if mac.exists() else None)
 
 
 def notebook(**cells: str) -> nbformat.NotebookNode:
@@ -170,11 +141,11 @@ def quick_parameters(name: str) -> dict[str, Any]:
 class Lab:
     """A JupyterLab on 127.0.0.1 and a Chromium; use it as a context manager."""
 
-    def __init__(self, folder: Path, chromium: str):
+    def __init__(self, folder: Path, browser: Browser):
         self.folder = Path(folder)
         self.root = self.folder / "notebooks"
         self.token = secrets.token_hex(16)
-        self._chromium = chromium
+        self._browser = browser
         self._server: subprocess.Popen | None = None
         self._count = 0
         self.pages: list[LabPage] = []
@@ -182,22 +153,10 @@ class Lab:
     # -- life ---------------------------------------------------------------------------------
     def __enter__(self) -> Lab:
         self._start_server()
-        try:
-            self._playwright = sync_playwright().start()
-            self._browser: Browser = self._playwright.chromium.launch(
-                executable_path=self._chromium, args=CHROMIUM_FLAGS, headless=True
-            )
-        except BaseException:
-            self._stop_server()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._browser.close()
-            self._playwright.stop()
-        finally:
-            self._stop_server()
+        self._stop_server()
 
     def _start_server(self) -> None:
         names = ("config", "data", "runtime", "settings", "workspaces", "ipython", "app")

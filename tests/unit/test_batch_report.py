@@ -1,7 +1,6 @@
 """HTML pages: what they show, and that a browser without network shows it too."""
 
 import re
-import shutil
 import threading
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -192,27 +191,24 @@ def test_the_index_lists_everything_escaped():
 
 
 @pytest.fixture
-def open_page():
+def open_page(chromium):
     """``open_page(path, offline=…)`` in Chromium: the page, what it asked for, and what it complained of."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium found")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    contexts = []
 
-        def show(path, offline):
-            page = browser.new_context(offline=offline).new_page()
-            requests, problems = [], []
-            page.on("request", lambda r: requests.append(r.url))
-            page.on("console", lambda m: problems.append(m.text))
-            page.on("pageerror", lambda e: problems.append(str(e)))
-            page.goto(path.as_uri())
-            page.wait_for_load_state("load")
-            return page, requests, problems
+    def show(path, offline):
+        contexts.append(chromium.new_context(offline=offline))
+        page = contexts[-1].new_page()
+        requests, problems = [], []
+        page.on("request", lambda r: requests.append(r.url))
+        page.on("console", lambda m: problems.append(m.text))
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        page.goto(path.as_uri())
+        page.wait_for_load_state("load")
+        return page, requests, problems
 
-        yield show
-        browser.close()
+    yield show
+    for context in contexts:
+        context.close()
 
 
 @pytest.mark.browser

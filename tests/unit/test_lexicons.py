@@ -23,6 +23,8 @@ def test_built_in_lists_are_clean():
     assert {"dose", "inhale", "pills", "vial"} <= lexicons["administration"]
     assert {"arm", "pelvis", "sinus", "breast"} <= lexicons["anatomy"]
     assert {"ibuprofen", "metformin"} <= lexicons["drug"] and not {"the", "and", "air", "oral"} & lexicons["drug"]
+    authored = set().union(*load_lexicons("medical", "emotion").values())
+    assert not {"gold", "protein", "yellow", "factor", "back", "course", "sure", "kind", "awesome"} & authored
     assert "terrified" in lexicons["fear"] and "astonished" in lexicons["surprise"] and "loyal" in lexicons["trust"]
     assert any("share" in note for note in lexicons.notes)
 
