@@ -19,8 +19,8 @@ def run(quick: bool = False) -> list[Row]:
     the same model, prompts and length; answers of our own batch and our own loop must be equal.
     """
     llm = load_llm()
-    questions = [d.question for d in authored_dialogues()][:: 48 if quick else 12]
-    new = 16 if quick else 32
+    questions = [d.question for d in authored_dialogues()][:: 48 if quick else 24]
+    new = 16 if quick else 24
     together = generate(llm, questions, max_new_tokens=new, progress=False)
     assert together == [generate(llm, [q], max_new_tokens=new, progress=False)[0] for q in questions]
 
@@ -37,7 +37,7 @@ def run(quick: bool = False) -> list[Row]:
             tokens += out.shape[1] - ids["input_ids"].shape[1]
         return tokens / (time.perf_counter() - start)
 
-    a, b = in_turn(ours, theirs, 2 if quick else 5)
+    a, b = in_turn(ours, theirs, 2 if quick else 3)
     return [
         row(
             "generation_batched",

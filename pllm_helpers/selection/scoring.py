@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -201,10 +202,23 @@ def batched_entropy(
     else:
         unit = torch.nn.functional.normalize(x, dim=2, eps=1e-30)
         small = unit @ unit.transpose(1, 2) if x.shape[1] <= x.shape[2] else unit.transpose(1, 2) @ unit
-        p = torch.linalg.eigvalsh(small).double().clamp(min=0)
+        p = _eigenvalues(small).double().clamp(min=0)
         p = p / p.sum(1, keepdim=True).clamp(min=1e-300)
     score = torch.special.entr(p).sum(1) / log_n
     return torch.where(count > 1, score.clamp(0, 1), 0.0)
+
+
+def _eigenvalues(matrices: Float[torch.Tensor, "b k k"]) -> Float[torch.Tensor, "b k"]:
+    """Eigenvalues of many small symmetric matrices, half of them on each core.
+
+    The linear algebra library would split every single small matrix among the cores and spend
+    more time waking them than computing.
+    """
+    halves = _WORKERS.map(torch.linalg.eigvalsh, matrices.chunk(2))
+    return torch.cat(list(halves))
+
+
+_WORKERS = ThreadPoolExecutor(2, thread_name_prefix="eigenvalues")
 
 
 def _histogram_entropies(vectors: Float[torch.Tensor, "b d"]) -> Float[torch.Tensor, " b"]:
