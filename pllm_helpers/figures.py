@@ -111,6 +111,14 @@ def _table() -> dict[str, Method]:
             ("random", "Random replace", "black"),
             ("fifo", "FIFO replace", "vermillion"),
             ("kcenter", "K-Center", "green"),
+            ("combined", "Combined score", "purple"),
+            ("facility", "Facility location", "wine"),
+        ],
+        "ablation": [
+            ("eoe_only", "EOE only", "blue"),
+            ("dss_only", "DSS only", "vermillion"),
+            ("idd_only", "IDD only", "green"),
+            ("released_code", "Quality, released code", "wine"),
         ],
         "tuning": [
             ("base", "Base model", "black"),
