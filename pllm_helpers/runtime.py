@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import random
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["InputError", "Runtime", "prepare", "cache_dir", "data_dir", "thread_count"]
+__all__ = [
+    "InputError",
+    "Runtime",
+    "cache_dir",
+    "data_dir",
+    "go_offline",
+    "online",
+    "prepare",
+    "processor_name",
+    "thread_count",
+]
 
 
 class InputError(ValueError):
@@ -89,6 +103,29 @@ def go_offline(offline: bool = True) -> None:
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
         constants.HF_HUB_OFFLINE = offline
+
+
+_ONLINE_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def online(allowed: bool = True) -> Iterator[None]:
+    """Reach the hub inside this block only; offline again afterwards, whatever happens."""
+    with _ONLINE_LOCK:
+        go_offline(not allowed)
+        try:
+            yield
+        finally:
+            go_offline(True)
+
+
+def processor_name() -> str:
+    """Model name of the CPU, as the operating system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def cache_dir() -> Path:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runtime import InputError, thread_count
+from ..runtime import InputError, processor_name, thread_count
 
 __all__ = ["RunReport", "run_series"]
 
@@ -310,7 +310,7 @@ def _facts(jobs: Sequence[Any], profile: str, threads: int, network: bool) -> di
         "profile": profile,
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": psutil.cpu_count() or 1,
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         },
@@ -320,14 +320,6 @@ def _facts(jobs: Sequence[Any], profile: str, threads: int, network: bool) -> di
         "parameters": {job.name: job.values for job in jobs},
         "sources": {job.name: job.sha256 for job in jobs},
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def _read_attempts(log: Path | None) -> list[dict[str, Any]]:

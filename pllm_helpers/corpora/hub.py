@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime import InputError, go_offline
+from ..runtime import InputError, online
 
 __all__ = ["HUB", "HubSet", "fetch"]
 
@@ -53,23 +50,6 @@ HUB: dict[str, HubSet] = {
     ),
 }
 
-_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-
-
-@contextmanager
-def _online() -> Iterator[None]:
-    """Let the hub library use the network inside this block, whatever was set before."""
-    import huggingface_hub.constants as constants
-
-    switches, offline = {k: os.environ.get(k) for k in _SWITCHES}, constants.HF_HUB_OFFLINE
-    go_offline(False)
-    try:
-        yield
-    finally:
-        for key, value in switches.items():
-            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
-        constants.HF_HUB_OFFLINE = offline
-
 
 def fetch(
     name: str, split: str, *, revision: str | None = None, allow_download: bool = False
@@ -89,7 +69,7 @@ def fetch(
     arguments = dict(repo_type="dataset", revision=wanted, allow_patterns=list(where.files[split]))
     try:
         if allow_download:
-            with _online():
+            with online():
                 folder = snapshot_download(where.repository, **arguments)
         else:
             folder = snapshot_download(where.repository, local_files_only=True, **arguments)

@@ -6,26 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..runtime import InputError, cache_dir
+from ..runtime import InputError, cache_dir, processor_name
 from .weights import DTYPES, atomic_write
 
 _MEASURED: dict[str, dict] = {}  # this process; for caches that cannot be written
-
-
-def processor_name() -> str:
-    """Model name of the CPU, as the operating system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def machine_key(model_name: str) -> str:

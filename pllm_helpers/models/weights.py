@@ -9,14 +9,13 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..runtime import InputError, cache_dir, go_offline
+from ..runtime import InputError, cache_dir, online
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUNDLED_LLM = "SmolLM2-135M-Instruct"
@@ -249,20 +248,6 @@ def fetch(repo: str, revision: str | None, allow_download: bool) -> Path:
                 f"expected a local folder or a model already on this machine, got {repo!r}",
                 "Pass allow_download=True once to fetch it, or give a local folder.",
             ) from e
-
-
-_ONLINE_LOCK = threading.RLock()
-
-
-@contextlib.contextmanager
-def online(allowed: bool) -> Iterator[None]:
-    """Reach the hub inside this block only; offline again afterwards, whatever happens."""
-    with _ONLINE_LOCK:
-        go_offline(not allowed)
-        try:
-            yield
-        finally:
-            go_offline(True)
 
 
 @contextlib.contextmanager

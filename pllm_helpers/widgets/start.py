@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets
 
 from ..models import LLM, Encoder, generate
-from ..runtime import InputError, cache_dir, thread_count
+from ..runtime import InputError, cache_dir, processor_name, thread_count
 from .base import Explorable, from_page
 from .controls import Log, Prompt, Slider, esc
 
@@ -54,7 +54,7 @@ def machine_check(llm: LLM | None = None, encoder: Encoder | None = None) -> Mac
     import psutil
     import torch
 
-    from ..models.dtypes import measured_dtypes, processor_name
+    from ..models.dtypes import measured_dtypes
 
     memory, process = psutil.virtual_memory(), psutil.Process()
     free = memory.available / 2**30
