@@ -53,7 +53,7 @@ class DialogueSet:
     def id(self) -> str:
         """Content hash (16 hex digits): equal rows have equal ids, on every machine."""
         parts = (self.user, self.question, self.answer, repr(self.time), self.source)
-        return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def __reduce__(self):  # mapping proxies do not pickle
         return (type(self), (self.user, self.question, self.answer, self.time, self.source, dict(self.meta)))

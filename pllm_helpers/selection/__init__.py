@@ -1,5 +1,16 @@
-"""Self-supervised data selection of Qin et al.: lexicons and buffer metrics."""
+"""Self-supervised data selection of Qin et al.: lexicons, buffer metrics, buffer, replacement policies."""
 
+from .buffer import (
+    BIN_BYTES,
+    METRICS,
+    Annotation,
+    BufferView,
+    Candidate,
+    Choice,
+    Decision,
+    DialogueBuffer,
+    Entry,
+)
 from .evidence import reading_evidence
 from .lexicons import BUILT_IN, Lexicons, Span, highlight, load_lexicons, read_lexicon, word_tokens
 from .metrics import (
@@ -11,15 +22,44 @@ from .metrics import (
     entropy_of_embedding,
     in_domain_dissimilarity,
 )
+from .policies import (
+    POLICIES,
+    CombinedScore,
+    FacilityLocation,
+    FifoReplace,
+    KCenter,
+    Policy,
+    QualityPolicy,
+    RandomReplace,
+    make_policy,
+)
 from .scoring import DomainMeans, MetricTable, batched_entropy, llm_batches, score_dialogues
+from .stream import run_stream
 
 __all__ = [
+    "BIN_BYTES",
     "BUILT_IN",
     "DEFAULT_READING",
+    "METRICS",
+    "POLICIES",
     "READINGS",
+    "Annotation",
+    "BufferView",
+    "Candidate",
+    "Choice",
+    "CombinedScore",
+    "Decision",
+    "DialogueBuffer",
     "DomainMeans",
+    "Entry",
+    "FacilityLocation",
+    "FifoReplace",
+    "KCenter",
     "Lexicons",
     "MetricTable",
+    "Policy",
+    "QualityPolicy",
+    "RandomReplace",
     "Span",
     "batched_entropy",
     "domain_specific_score",
@@ -30,8 +70,10 @@ __all__ = [
     "in_domain_dissimilarity",
     "llm_batches",
     "load_lexicons",
+    "make_policy",
     "read_lexicon",
     "reading_evidence",
+    "run_stream",
     "score_dialogues",
     "word_tokens",
 ]
