@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import NormalDist
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from .dialogue import DialogueSet
-from .runtime import InputError
+from ..runtime import InputError
 
-if TYPE_CHECKING:
-    from .models import LLM
-
-__all__ = ["Estimate", "Claim", "bootstrap_interval", "check_claim", "rank_correlation", "response_nll"]
+__all__ = ["Claim", "Estimate", "bootstrap_interval", "check_claim", "paired_difference", "rank_correlation"]
 
 Number = float | int
 Kind = Literal["deterministic", "statistical"]
@@ -95,6 +92,96 @@ def bootstrap_interval(
     return Estimate(float(statistic(*arrays)), float(low), float(high), n, (seed,), unit)
 
 
+def paired_difference(
+    a: Sequence[Any] | np.ndarray,
+    b: Sequence[Any] | np.ndarray | None = None,
+    seed: int = 0,
+    *,
+    resamples: int = 2000,
+    level: Number = 0.95,
+    unit: str = "",
+) -> Estimate:
+    """Mean of ``a - b`` with an interval over seeds *and* dialogues: a hierarchical bootstrap.
+
+    Parameters
+    ----------
+    a, b : shape ``(seeds, n)``: row s holds the scores of the n held-out dialogues of seed s under
+        two methods; ``a[s, i]`` and ``b[s, i]`` belong to the same dialogue. Shape ``(n,)`` is one
+        seed. Without ``b``, the mean of ``a`` itself. Rows may differ in length (a list of arrays).
+
+    Each resample draws seeds with replacement, then dialogues with replacement within each drawn
+    seed. Left alone, that counts the dialogues' scatter twice (it is also in the seed means), and
+    with few seeds it draws too little of the seeds' scatter. So the seed means are first scaled
+    about their mean to the scatter that is the seeds' own (random-effects estimate
+    :math:`\\hat\\sigma_s^2=\\max(0, s^2-\\overline{v/n})`, :math:`s^2` the variance of the seed means,
+    :math:`v` that within a seed); and where the seeds differ by more than their dialogues explain,
+    the interval is widened from the normal's to Student's quantile with seeds − 1 degrees of
+    freedom, since few seeds tell little about further ones. With one seed the interval covers
+    dialogues only and says nothing about other seeds.
+
+    Raises :class:`InputError` on unequal shapes, fewer than two dialogues in a seed, or NaN.
+    """
+    rows = _seed_rows("a", a)
+    if b is not None:
+        others = _seed_rows("b", b)
+        if [len(r) for r in others] != [len(r) for r in rows]:
+            raise InputError(
+                "b", f"expected rows of lengths {[len(r) for r in rows]} like a, got {[len(r) for r in others]}"
+            )
+        rows = [x - y for x, y in zip(rows, others, strict=True)]
+    if not 0 < level < 1:
+        raise InputError("level", f"expected a number between 0 and 1, got {level}")
+    means = np.array([r.mean() for r in rows])
+    value, seeds = float(means.mean()), len(rows)
+    noise = float(np.mean([r.var(ddof=1) / len(r) for r in rows]))
+    spread = float(means.var(ddof=1)) if seeds > 1 else 0.0
+    own = max(0.0, spread - noise)
+    # drawing S of S values with replacement has (S - 1) / S of their variance
+    scale = math.sqrt(own / spread * seeds / (seeds - 1)) if own > 0 else 0.0
+    centred = [r - m for r, m in zip(rows, means, strict=True)]
+    shifts = (means - value) * scale
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, seeds, size=(resamples, seeds))
+    draws = np.zeros(resamples)
+    for s in range(seeds):
+        times = (chosen == s).sum(1)
+        total = int(times.sum())
+        drawn = centred[s][rng.integers(0, len(rows[s]), size=(total, len(rows[s])))].mean(1) + shifts[s]
+        draws += np.bincount(np.repeat(np.arange(resamples), times), weights=drawn, minlength=resamples)
+    draws = draws / seeds
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    widen = _student_quantile((1 + level) / 2, seeds - 1) / NormalDist().inv_cdf((1 + level) / 2) if own > 0 else 1.0
+    return Estimate(
+        value,
+        value + min(0.0, float(low)) * widen,
+        value + max(0.0, float(high)) * widen,
+        sum(len(r) for r in rows),
+        tuple(range(seeds)),
+        unit,
+    )
+
+
+def _seed_rows(name: str, values: Sequence[Any] | np.ndarray) -> list[Float[np.ndarray, " n"]]:
+    rows = [np.asarray(v, dtype=float) for v in values] if len(values) else []
+    if rows and all(r.ndim == 0 for r in rows):
+        rows = [np.array([float(r) for r in rows])]
+    if not rows or any(r.ndim != 1 or len(r) < 2 for r in rows):
+        raise InputError(name, "expected scores of shape (seeds, n) with at least two dialogues per seed")
+    if not all(np.isfinite(r).all() for r in rows):
+        raise InputError(name, "expected finite numbers, got NaN or infinity")
+    return rows
+
+
+def _student_quantile(p: float, df: int) -> float:
+    """Quantile of Student's t for ``p`` above 0.5, by bisection of its distribution function."""
+    # P(T <= t) by the substitution t = sqrt(df) tan(u): the integrand cos(u)^(df - 1) is smooth
+    grid = np.linspace(0, math.pi / 2, 20001)
+    density = np.cos(grid) ** (df - 1)
+    area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    u = np.interp((p - 0.5) * 2 * area[-1], area, grid)
+    return math.sqrt(df) * math.tan(float(u))
+
+
 def rank_correlation(x: Sequence[Any] | np.ndarray, y: Sequence[Any] | np.ndarray) -> float:
     """Spearman's rank correlation of two ``(n,)`` sequences; 0 where one of them is constant."""
     import pandas as pd
@@ -151,59 +238,3 @@ def check_claim(
         ([f"at least {above:g}"] if above is not None else []) + ([f"at most {below:g}"] if below is not None else [])
     )
     return Claim(text, kind, e, verdict, bound, paper)
-
-
-def response_nll(
-    llm: LLM,
-    dialogues: Sequence[DialogueSet],
-    *,
-    batch_size: int = 8,
-    max_tokens: int = 512,
-    progress: bool | None = None,
-) -> Float[np.ndarray, " n"]:
-    """Mean negative log-likelihood of each reply's tokens, in nats per token; shape ``(n,)``.
-
-    The model sees the question through its chat template; only the answer and its end-of-turn
-    token are scored. Logits are computed at answer positions only. Lower means that the model
-    expected the reply more.
-
-    Raises :class:`~pllm_helpers.runtime.InputError` if a row lacks a question or an answer, or if
-    question and answer together have more than ``max_tokens`` tokens (no silent cutting).
-    """
-    import torch
-
-    from .models.generation import progress_bar
-
-    rows: list[tuple[list[int], int]] = []
-    for place, d in enumerate(dialogues):
-        if not d.question.strip() or not d.answer.strip():
-            raise InputError(
-                f"dialogues[{place}]", "expected a question and an answer, one is blank", "Leave the row out."
-            )
-        prompt = llm.tokenizer(llm.format_chat(d.question), add_special_tokens=False)["input_ids"]
-        answer = llm.tokenizer(d.answer.strip(), add_special_tokens=False)["input_ids"] + llm.stop_ids[:1]
-        if len(prompt) + len(answer) > max_tokens:
-            raise InputError(
-                f"dialogues[{place}]",
-                f"expected at most {max_tokens} tokens, got {len(prompt) + len(answer)}",
-                "Leave the row out or raise max_tokens.",
-            )
-        rows.append((prompt + answer, len(answer)))
-    out = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    pad = llm.tokenizer.pad_token_id or 0
-    with progress_bar(len(rows), "scoring", progress) as bar, torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = max(len(rows[i][0]) for i in chosen)
-            ids = torch.tensor([rows[i][0] + [pad] * (width - len(rows[i][0])) for i in chosen], device=llm.device)
-            mask = torch.tensor(
-                [[1] * len(rows[i][0]) + [0] * (width - len(rows[i][0])) for i in chosen], device=llm.device
-            )
-            hidden = llm.model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            for row, i in enumerate(chosen):
-                length, n = len(rows[i][0]), rows[i][1]
-                logits = llm.model.get_output_embeddings()(hidden[row, length - n - 1 : length - 1]).float()
-                out[i] = torch.nn.functional.cross_entropy(logits, ids[row, length - n : length]).item()
-            bar.update(len(chosen))
-    return out
