@@ -189,7 +189,7 @@ def _uniform(value: Mapping[str, Any], number: int, options: Options) -> Dialogu
     answer = _text(value["response"], "response")
     unanswered = "no reply: it is blank"
     if str(labels.get("response_is", "")).startswith("safety label") or (
-        options.name == "prosocial" and _is_safety_label(answer)
+        options.name == "prosocial" and is_safety_label(answer)
     ):
         answer, unanswered = "", "no reply: only a safety label"
     elif answer.lower() == "<nooutput>":
@@ -303,7 +303,8 @@ def _no_other(value: Mapping[str, Any], number: int, options: Options) -> Dialog
 # ---------------------------------------------------------------- dialogues over several turns or rows
 
 
-def _is_safety_label(answer: str) -> bool:
+def is_safety_label(answer: str) -> bool:
+    """Whether a text is one of ProsocialDialog's safety labels, which no one ever said."""
     words = answer.strip("_ ").lower().replace(" ", "_")
     return (
         words == "casual" or re.fullmatch(r"((possibly|probably|or)_)*needs_(caution|intervention)", words) is not None
@@ -356,7 +357,7 @@ def _guided(
     """One message and its reply; both join ``turns``, the dialogue so far."""
     question, answer = _text(said, "context"), _text(reply, "response")
     unanswered = "no reply: response is blank"
-    if _is_safety_label(answer) or ("response" not in value and "labels" not in value):
+    if is_safety_label(answer) or ("response" not in value and "labels" not in value):
         answer, unanswered = "", "no reply: only a safety label"
     turns.append(_Turn("user", question))
     asked = _with_context(turns, len(turns) - 1, options) if question else ""
