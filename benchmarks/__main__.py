@@ -10,12 +10,16 @@ from pathlib import Path
 
 from pllm_helpers.runtime import prepare
 
-from . import generation, memory, metrics_throughput
+from . import generation, kill, kill_tuning, lora, memory, metrics_throughput, policy_overhead
 
 MODULES = {
     "metrics_throughput": metrics_throughput,
     "generation": generation,
     "memory": memory,
+    "policy_overhead": policy_overhead,
+    "kill": kill,
+    "kill_tuning": kill_tuning,
+    "lora": lora,
 }
 RESULTS = Path(__file__).with_name("results.json")
 
