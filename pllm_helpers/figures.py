@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import html
 import json
+import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,15 +33,18 @@ __all__ = [
     "Method",
     "add_band",
     "add_estimates",
+    "add_note",
     "add_reference",
     "add_series",
     "contrast",
     "describe_html",
+    "dodge",
     "error_bars",
     "figure_bundle",
     "method",
     "new_figure",
     "show",
+    "spread_labels",
     "tint",
     "trace_style",
 ]
@@ -143,7 +148,9 @@ def _table() -> dict[str, Method]:
     }
     table = {}
     for family, members in families.items():
-        for (key, name, colour), (dash, marker, hatch) in zip(members, looks, strict=False):
+        # the ablation shares figures with the policies: other dashes and markers than theirs
+        own = looks[3:] + looks[:3] if family == "ablation" else looks
+        for (key, name, colour), (dash, marker, hatch) in zip(members, own, strict=False):
             table[key] = Method(key, name, family, PALETTE[colour], dash, marker, hatch)
     return table
 
@@ -342,6 +349,81 @@ def add_reference(fig: BaseFigure, y: float | int, text: str) -> BaseFigure:
         line={"color": SOFT_INK, "dash": "dash", "width": 1.5},
         annotation={"text": html.escape(text), "font": {"color": SOFT_INK, "size": 14}},
     )
+
+
+def add_note(fig: BaseFigure, text: str) -> BaseFigure:
+    """A line below the title: what an interval is, how many rows and seeds are behind the figure."""
+    lines = textwrap.wrap(text, 100) or [""]
+    note = {"text": "<br>".join(html.escape(line) for line in lines), "font": {"size": 14, "color": SOFT_INK}}
+    fig.update_layout(
+        title_subtitle=note, margin_t=66 + 18 * len(lines), title_y=1, title_yanchor="top", title_pad_t=14
+    )
+    return fig
+
+
+def dodge(fig: BaseFigure, share: float | int = 0.011) -> BaseFigure:
+    """Move lines sideways by ``share`` of the width each, so that their error bars do not hide each other.
+
+    Names at the ends of lines move along, also to where a logarithmic axis wants them. Call it once
+    the type of the x axis is set, and before :func:`spread_labels`.
+    """
+    lines = [t for t in fig.data if t.mode == "lines+markers" and t.x is not None and len(t.x)]
+    if not lines:
+        return fig
+    every = [float(x) for t in lines for x in t.x]
+    log = fig.layout.xaxis.type == "log"
+    width = math.log(max(every) / min(every)) if log else max(every) - min(every)
+    for k, line in enumerate(lines):
+        step = (k - (len(lines) - 1) / 2) * share * width
+        line.x = [float(x) * math.exp(step) if log else float(x) + step for x in line.x]
+    end = max(float(x) for t in lines for x in t.x)
+    for label in fig.layout.annotations:
+        if label.xanchor == "left" and label.xref in (None, "x"):
+            label.x = math.log10(end) if log else end
+    return fig
+
+
+def spread_labels(fig: BaseFigure, gap: float | int = 19) -> BaseFigure:
+    """Move the names at the ends of lines apart where they would overlap: at least ``gap`` pixels.
+
+    Fixes the y axis to the range of the data, intervals included; call it last.
+    """
+    ends: list[float] = []
+    for trace in fig.data:
+        y = [float(v) for v in (trace.y if trace.y is not None else ()) if v is not None]
+        bars = getattr(trace, "error_y", None)
+        up, down = ([*y] for _ in range(2))
+        if bars is not None and bars.array is not None:
+            up = [v + float(d) for v, d in zip(y, bars.array, strict=True)]
+            down = [v - float(d) for v, d in zip(y, bars.arrayminus, strict=True)]
+        ends += [*up, *down]
+    if not ends:
+        return fig
+    pad = 0.06 * (max(ends) - min(ends) or 1)
+    low, high = min(ends) - pad, max(ends) + pad
+    fig.update_yaxes(range=[low, high])
+    margin = fig.layout.margin
+    height = (
+        (fig.layout.height or 420) - (60 if margin.t is None else margin.t) - (60 if margin.b is None else margin.b)
+    )
+    scale = height / (high - low)
+    labels = sorted((a for a in fig.layout.annotations if a.xanchor == "left" and a.yref in (None, "y")), key=_place)
+    # the nearest places in the same order: isotonic regression of what is left after taking the gaps out
+    blocks: list[list[float]] = []
+    for i, label in enumerate(labels):
+        blocks.append([float(label.y) * scale - i * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [[(a * m + b * n) / (m + n), m + n]]
+    wanted = [mean for mean, count in blocks for _ in range(int(count))]
+    for i, (label, place) in enumerate(zip(labels, wanted, strict=True)):
+        label.yshift = place + i * gap - float(label.y) * scale
+        label.bgcolor = CARD  # a reference line must not strike the text out
+    return fig
+
+
+def _place(label: Any) -> float:
+    return float(label.y)
 
 
 def show(fig: BaseFigure, alt: str, caption: str | None = None) -> None:

@@ -7,13 +7,24 @@ from typing import Any
 
 # name -> module; loaded on first use, so that a notebook imports only what its widget needs
 _WHERE = {
+    "AnnotationDesk": "synthesis",
     "Chat": "start",
     "Explorable": "base",
+    "LoraLab": "lora",
     "MachineCheck": "start",
     "MetricExplorer": "metrics",
+    "Rewriter": "synthesis",
+    "SynthesisLab": "synthesis",
+    "PolicyDuel": "streaming",
+    "ReplicationExplorer": "replication",
     "chat": "start",
+    "lora_lab": "lora",
     "machine_check": "start",
     "metric_explorer": "metrics",
+    "open_desk": "synthesis",
+    "synthesis_lab": "synthesis",
+    "policy_duel": "streaming",
+    "replication_explorer": "replication",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

@@ -15,7 +15,7 @@ from typing import Any
 import anywidget
 import traitlets as t
 
-__all__ = ["Log", "Prompt", "Region", "Slider", "esc"]
+__all__ = ["Checks", "Log", "Prompt", "Region", "Slider", "esc"]
 
 
 def esc(text: object) -> str:
@@ -124,9 +124,9 @@ class Slider(anywidget.AnyWidget):
     """
 
     _esm = """
-    let serial = 0;
+    const serial = () => Math.random().toString(36).slice(2);  // each widget is a module of its own
     function render({model, el}) {
-      const id = `pllm-slider-${++serial}`;
+      const id = `pllm-slider-${serial()}`;
       const label = Object.assign(document.createElement("label"), {htmlFor: id});
       const row = Object.assign(document.createElement("div"), {className: "pllm-slider-row"});
       const input = Object.assign(document.createElement("input"), {type: "range", id});
@@ -184,9 +184,9 @@ class Prompt(anywidget.AnyWidget):
     """
 
     _esm = """
-    let serial = 0;
+    const serial = () => Math.random().toString(36).slice(2);  // each widget is a module of its own
     function render({model, el}) {
-      const id = `pllm-prompt-${++serial}`;
+      const id = `pllm-prompt-${serial()}`;
       const label = Object.assign(document.createElement("label"), {htmlFor: id});
       const row = Object.assign(document.createElement("div"), {className: "pllm-prompt-row"});
       const box = Object.assign(document.createElement("textarea"), {id, rows: 2});
@@ -254,3 +254,60 @@ class Prompt(anywidget.AnyWidget):
         if isinstance(content.get("submit"), str):
             for receiver in self._receivers:
                 receiver(content["submit"])
+
+
+class Checks(anywidget.AnyWidget):
+    """Several of some options: native check boxes in a group with a name; Tab moves, Space checks.
+
+    ``options`` are ``[value, label]`` pairs, ``value`` the list of the chosen values in their order.
+    """
+
+    _esm = """
+    const serial = () => Math.random().toString(36).slice(2);  // each widget is a module of its own
+    function render({model, el}) {
+      const set = document.createElement("fieldset"), legend = document.createElement("legend");
+      const row = Object.assign(document.createElement("div"), {className: "pllm-checks-row"});
+      set.className = "pllm-checks";
+      set.append(legend, row);
+      const send = () => {
+        const chosen = Array.from(row.querySelectorAll("input")).filter(i => i.checked).map(i => i.value);
+        model.set("value", chosen);
+        model.save_changes();
+      };
+      let drawn = "";
+      const paint = () => {
+        legend.textContent = model.get("label");
+        const options = model.get("options"), value = model.get("value");
+        // boxes are kept while the options are: the focus stays where it is
+        if (drawn !== JSON.stringify(options)) {
+          drawn = JSON.stringify(options);
+          row.replaceChildren(...options.map(([key, text]) => {
+            const id = `pllm-check-${serial()}`;
+            const item = Object.assign(document.createElement("span"), {className: "pllm-check"});
+            const box = Object.assign(document.createElement("input"), {type: "checkbox", id, value: key});
+            const label = Object.assign(document.createElement("label"), {htmlFor: id, textContent: text});
+            box.addEventListener("change", send);
+            item.append(box, label);
+            return item;
+          }));
+        }
+        row.querySelectorAll("input").forEach(i => { i.checked = value.includes(i.value); });
+      };
+      el.classList.add("pllm-field");
+      el.append(set);
+      paint();
+      model.on("change", paint);
+      return () => model.off("change", paint);
+    }
+    export default { render };
+    """
+    label = t.Unicode().tag(sync=True)
+    options = t.List(t.List(t.Unicode())).tag(sync=True)
+    value = t.List(t.Unicode()).tag(sync=True)
+
+    def __init__(self, label: str, options: Any, value: Any = (), **kwargs: Any):
+        super().__init__(label=label, options=[list(o) for o in options], value=list(value), **kwargs)
+
+    @t.validate("value")
+    def _known(self, proposal: t.Bunch) -> list[str]:
+        return [key for key, _ in self.options if key in proposal["value"]]
