@@ -31,7 +31,7 @@ def real_run() -> Run:
     """SmolLM2 on real chat messages: a few seconds, a checkpoint after every step."""
     from .lora import dialogues
 
-    settings = dict(steps=10, lr=0.001, seed=3, batch_size=2, accumulate=2, layers=6, checkpoint_every=1)
+    settings = dict(steps=6, lr=0.001, seed=3, batch_size=2, accumulate=2, layers=6, checkpoint_every=1)
     data = dialogues(24)
     return load_llm(dtype="bf16"), data[4:], settings | dict(held_out=data[:4], evaluate_every=3, patience=3)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ import plotly.io as pio
 from plotly.basedatatypes import BaseFigure
 
 from .runtime import InputError
+
+# A FigureWidget imports jsonschema, which compiles dozens of grammars for an optional check of
+# international addresses: a second per kernel for nothing. It does without if the import fails.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 __all__ = [
     "CONFIG",

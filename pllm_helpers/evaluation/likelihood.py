@@ -45,7 +45,7 @@ def response_nll(
                 f"dialogues[{place}]", "expected a question and an answer, one is blank", "Leave the row out."
             )
         prompt = llm.tokenizer(llm.format_chat(d.question), add_special_tokens=False)["input_ids"]
-        answer = llm.tokenizer(d.answer.strip(), add_special_tokens=False)["input_ids"] + llm.stop_ids[:1]
+        answer = llm.tokenizer(d.answer.strip(), add_special_tokens=False)["input_ids"] + [llm.end_of_turn]
         if len(prompt) + len(answer) > max_tokens:
             raise InputError(
                 f"dialogues[{place}]",

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -104,6 +105,8 @@ def shown_command(arguments: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: all cells are there; 3: stopped by ``--max-minutes``, go on with the same command; 2: bad input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # kill stops it as Ctrl-C does: workers end, the cells are kept
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     a = parser().parse_args(given)
     try:
         options: dict[str, Any] = {"settings": settings_of(a.profile, a.set), "seeds": a.seeds, "source": a.source}

@@ -402,6 +402,7 @@ class Workbench:
                 scores = self._evaluate(personal, stream, seconds, info)
         rows_out, means = scores
         info["cpu_seconds"] = round(time.process_time() - used, 2)
+        _tidy()
         return CellResult(cell, self.key(cell), rows_out, means, {k: round(v, 3) for k, v in seconds.items()}, info)
 
     def _synthesise(
@@ -433,6 +434,16 @@ class Workbench:
         seconds["evaluate"] = time.perf_counter() - start
         info["answers"] = answers
         return rows, means
+
+
+def _tidy() -> None:
+    """Give back what a cell leaves: reference cycles of the adapted model, and freed pages that malloc keeps."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def reply_nll(llm: LLM, dialogues: Sequence[DialogueSet]) -> Float[np.ndarray, " n"]:

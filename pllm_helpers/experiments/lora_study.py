@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from ..corpora import chitchat_stream
+from ..dialogue import DialogueSet
 from ..evaluation import Claim, bootstrap_interval, check_claim
 
 __all__ = [
     "answer_share_claim",
+    "earlier_and_later",
     "layer_by_hand_claim",
     "loss_by_hand_claim",
     "nll_falls_claim",
@@ -26,6 +29,20 @@ __all__ = [
     "trainable_claim",
     "unchanged_start_claim",
 ]
+
+
+def earlier_and_later(person: int, messages: int, replies: int) -> tuple[list[DialogueSet], list[DialogueSet]]:
+    """What notebook 04 trains on and what it judges by: a person's last ``messages`` usable pairs
+    of the stream, and ``replies`` usable pairs spread over the held-out time after it.
+
+    Usable: a question, an answer of at least two words, and together fewer than 400 characters.
+    """
+    stream = chitchat_stream(person)
+    earlier, later = (
+        [d for d in part if d.question.strip() and len(d.text) < 400 and len(d.answer.split()) > 1]
+        for part in (stream.stream, stream.held_out)
+    )
+    return earlier[-messages:], later[:: max(1, len(later) // replies)][:replies]
 
 
 def unchanged_start_claim(before: Float[np.ndarray, "..."], after: Float[np.ndarray, "..."]) -> Claim:
@@ -110,7 +127,7 @@ def positions_claim(what: str, before: Float[np.ndarray, " n"], after: Float[np.
     saved = bootstrap_interval(
         before, after, statistic=lambda a, b: (a - b).mean(), seed=seed, unit="positions per dialogue token"
     )
-    return check_claim(f"{what} saves arithmetic: positions saved per token are at least 0.1", saved, above=0.1)
+    return check_claim(f"{what}: positions saved per dialogue token are at least 0.1", saved, above=0.1)
 
 
 def nll_falls_claim(

@@ -249,7 +249,19 @@ def where_from(study: Study) -> pd.DataFrame:
     """How a study was made, one fact a row: command, machine, settings, seeds, cells, notes on the streams."""
     run, machine = study.run, study.run.get("machine", {})
     settings = run.get("settings", {})
-    chosen = ("model", "dtype", "length", "held_out", "generated", "steps", "lr", "batch_size", "rank", "layers")
+    chosen = (
+        "model",
+        "dtype",
+        "device",
+        "length",
+        "held_out",
+        "generated",
+        "steps",
+        "lr",
+        "batch_size",
+        "rank",
+        "layers",
+    )
     bins = study.levels("bins")
     facts = {
         "experiment": study.name,
@@ -615,8 +627,8 @@ def improvement_claim(pairs: Pairs, at_least: Number = HEADLINE, paper: str = ""
     """Somewhere the relative improvement in ROUGE-1 reaches the headline; see :func:`largest_improvement`."""
     where, e = largest_improvement(pairs)
     return check_claim(
-        f"Somewhere among {len(pairs)} comparisons the relative lead reaches {100 * at_least:.0f} % (largest: {where}): "
-        f"it is at least {at_least:g}",
+        f"Somewhere among {len(pairs)} comparisons the relative lead reaches {100 * at_least:.0f} % "
+        f"(largest: {where}): it is at least {at_least:g}",
         e,
         above=at_least,
         paper=paper,

@@ -64,6 +64,13 @@ class LLM:
         ids.update(vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>") if t in vocabulary)
         return sorted(ids)
 
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends a reply: the chat template's, else the first of :attr:`stop_ids`."""
+        vocabulary = self.tokenizer.get_vocab()
+        known = [vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>") if t in vocabulary]
+        return known[0] if known else self.stop_ids[0]
+
     def format_chat(
         self, prompt: str | Messages, *, system: str | None = None, add_generation_prompt: bool = True
     ) -> str:

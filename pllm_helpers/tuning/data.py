@@ -39,13 +39,6 @@ class TokenRows:
         return hashlib.sha256(repr([(r.answer, r.ids) for r in self.rows]).encode()).hexdigest()
 
 
-def end_of_turn(llm: LLM) -> int:
-    """The token that ends a reply: the chat template's, else the tokenizer's end-of-text."""
-    vocabulary = llm.tokenizer.get_vocab()
-    known = [vocabulary[t] for t in ("<|im_end|>", "<|eot_id|>") if t in vocabulary]
-    return known[0] if known else llm.stop_ids[0]
-
-
 def token_rows(
     llm: LLM, dialogues: Sequence[DialogueSet], max_tokens: int, *, what: str = "dialogues", cut: bool = True
 ) -> TokenRows:
@@ -60,7 +53,7 @@ def token_rows(
         raise InputError(what, f"expected a list of dialogue sets, got {type(dialogues).__name__}")
     if not dialogues:
         raise InputError(what, "expected at least one dialogue set, got none")
-    rows, shortened, stop = [], 0, end_of_turn(llm)
+    rows, shortened, stop = [], 0, llm.end_of_turn
     for place, d in enumerate(dialogues):
         name = f"{what}[{place}]"
         if not isinstance(d, DialogueSet):

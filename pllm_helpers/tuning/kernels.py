@@ -41,8 +41,9 @@ class SharedInput(torch.autograd.Function):
     """Several linear layers on one input, each with or without a LoRA pair.
 
     ``y_i = x W_i' + b_i + s_i (x A_i') B_i'`` with W and b frozen and A (r, in), B (out, r) in
-    fp32. Keeps x (if there is a pair) and ``A x'`` (r, T): products with a short
-    side are fastest with that side first. Backward: ``dB' = s (A x') g``, ``dA = s B' g' x``, ``dx = sum_i g_i W_i + s_i (g_i B_i) A_i``.
+    fp32. Keeps x (if there is a pair) and ``A x'`` (r, T); a product with a short side is fastest
+    with that side first. Backward: ``dB' = s (A x') g``, ``dA = s B' g' x``,
+    ``dx = sum_i g_i W_i + s_i (g_i B_i) A_i``.
     Called as ``apply(x, bases, scales, A_1, B_1, A_2, B_2, …)``; A and B are None without a pair.
     """
 

@@ -15,6 +15,7 @@ from ..models.generation import progress_bar
 from ..runtime import InputError
 from .checkpoint import Checkpoint
 from .data import Row, batch_stream
+from .memory import PeakMemory
 
 Objective = Callable[[Sequence[Row]], torch.Tensor]  # rows -> summed NLL of each row's answer, (rows,), with a graph
 # ``True`` or ``None``: a text bar always or for long runs; a function: called after each step
@@ -199,10 +200,19 @@ class Run:
                 }
 
 
-def train(run: Run, watch: Watch | None, folder: Path | None, key: str, every: int | None, progress: Progress) -> None:
+def train(
+    run: Run,
+    watch: Watch | None,
+    memory: PeakMemory,
+    folder: Path | None,
+    key: str,
+    every: int | None,
+    progress: Progress,
+) -> None:
     """Drive ``run`` to its end and write checkpoints: every ``every`` steps or 20 seconds, and when ended."""
     written = time.monotonic()
     for _ in run.steps(watch, progress):
+        run.peak_mb = max(run.peak_mb, memory.mb)
         due = run.step % every == 0 if every else time.monotonic() - written > 20
         if folder is not None and (due or run.ended):
             run.checkpoint(key).write(folder)

@@ -173,7 +173,7 @@ def _tune(
             if saved.key != key:
                 raise _mixed(folder)
             run.restore(saved)
-        train(run, watch, folder, key, checkpoint_every, progress)
+        train(run, watch, memory, folder, key, checkpoint_every, progress)
         if watch and watch.patience is not None:
             for name, p in parameters.items():
                 p.data.copy_(run.best[name])
@@ -187,7 +187,7 @@ def _tune(
             "held_out": run.held_out,
             "tokens": run.tokens,
             "seconds": run.seconds,
-            "peak_mb": max(run.peak_mb, memory.mb),
+            "peak_mb": run.peak_mb,
         },
     }
     state, plain = adapter_state(model), plain_config(config)
@@ -197,8 +197,7 @@ def _tune(
     if folder:
         write_adapter(folder, state, plain, card)
         (folder / CHECKPOINT).unlink(missing_ok=True)
-    peak = card["measured"]["peak_mb"]
-    return TuningResult(run.losses, run.seconds, peak, run.tokens, folder, run.held_out, card, state, plain)
+    return TuningResult(run.losses, run.seconds, run.peak_mb, run.tokens, folder, run.held_out, card, state, plain)
 
 
 def _objective(model: Any, pad: int, fast: bool) -> Objective:
@@ -223,13 +222,15 @@ def _finished(folder: Path, card: dict[str, Any]) -> TuningResult | None:
     return done
 
 
-def _whole(name: str, value: Any, low: int, high: int = 1 << 40) -> int:
+def whole(name: str, value: Any, low: int, high: int = 1 << 40) -> int:
+    """``value`` if it is a whole number from ``low`` to ``high``, else an error that names the setting."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(name, f"expected a whole number from {low} to {high}, got {value!r}")
     return value
 
 
-def _real(name: str, value: Any, low: Number, high: Number) -> Number:
+def real(name: str, value: Any, low: Number, high: Number) -> Number:
+    """``value`` if it is a number from ``low`` to ``high`` (not NaN), else an error that names the setting."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise InputError(name, f"expected a number from {low} to {high}, got {value!r}")
     return value
@@ -243,10 +244,10 @@ def chosen_layers(llm: LLM, layers: str | int | Sequence[int]) -> list[int]:
     if layers == "upper":
         return list(range(count // 2, count))
     if isinstance(layers, int) and not isinstance(layers, bool):
-        return list(range(count - _whole("layers", layers, 1, count), count))
+        return list(range(count - whole("layers", layers, 1, count), count))
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise InputError("layers", f"expected 'all', 'upper', a number or a list of numbers, got {layers!r}")
-    return sorted({_whole("layers", x, 0, count - 1) for x in layers})
+    return sorted({whole("layers", x, 0, count - 1) for x in layers})
 
 
 def chosen_modules(llm: LLM, modules: Sequence[str]) -> list[str]:
@@ -275,27 +276,27 @@ def _checked(llm: LLM, given: dict[str, Any]) -> dict[str, Any]:
         raise InputError("decay", f"expected 'linear', 'cosine' or 'constant', got {given['decay']!r}")
     if given["patience"] is not None and given["held_out"] is None:
         raise InputError("patience", "expected held_out dialogues to watch, got none")
-    steps = _whole("steps", given["steps"], 1)
+    steps = whole("steps", given["steps"], 1)
     settings = {
         "method": "lora",
         "steps": steps,
-        "lr": _real("lr", given["lr"], 1e-9, 10),
-        "seed": _whole("seed", given["seed"], 0),
-        "rank": _whole("rank", given["rank"], 1, narrow),
-        "alpha": _real("alpha", given["alpha"], 1e-6, 1e6),
+        "lr": real("lr", given["lr"], 1e-9, 10),
+        "seed": whole("seed", given["seed"], 0),
+        "rank": whole("rank", given["rank"], 1, narrow),
+        "alpha": real("alpha", given["alpha"], 1e-6, 1e6),
         "modules": modules,
         "layers": layers,
-        "batch_size": _whole("batch_size", given["batch_size"], 1, 100_000),
-        "accumulate": _whole("accumulate", given["accumulate"], 1, 100_000),
-        "warmup": _real("warmup", given["warmup"], 0, steps),
+        "batch_size": whole("batch_size", given["batch_size"], 1, 100_000),
+        "accumulate": whole("accumulate", given["accumulate"], 1, 100_000),
+        "warmup": real("warmup", given["warmup"], 0, steps),
         "decay": given["decay"],
-        "clip": _real("clip", given["clip"], 0, 1e9),
-        "weight_decay": _real("weight_decay", given["weight_decay"], 0, 10),
-        "max_tokens": _whole("max_tokens", given["max_tokens"], 8, 1 << 20),
+        "clip": real("clip", given["clip"], 0, 1e9),
+        "weight_decay": real("weight_decay", given["weight_decay"], 0, 10),
+        "max_tokens": whole("max_tokens", given["max_tokens"], 8, 1 << 20),
     }
     for name, low in (("evaluate_every", 1), ("patience", 1), ("checkpoint_every", 1)):
         if given[name] is not None:
-            _whole(name, given[name], low)
+            whole(name, given[name], low)
     return settings | {
         "fast": bool(given["fast"]),
         "evaluate_every": given["evaluate_every"],

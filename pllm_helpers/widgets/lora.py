@@ -313,8 +313,11 @@ class LoraLab(Explorable):
         fig.update_yaxes(title_text="nats per answer token", col=1)
         fig.update_xaxes(title_text="run", dtick=1, col=2)
         fig.update_yaxes(title_text="nats per token", col=2)
-        fig.add_hline(y=0, line={"color": figures.SOFT_INK, "dash": "dash", "width": 1.5}, col=2)
-        fig.update_layout(template="pllm", height=340, margin={"l": 70, "r": 60, "t": 40, "b": 60})
+        zero = {"color": figures.SOFT_INK, "dash": "dash", "width": 1.5}
+        fig.add_hline(y=0, line=zero, row=1, col=2, exclude_empty_subplots=False)
+        legend = {"orientation": "h", "yanchor": "top", "y": -0.24, "x": 0}
+        margin = {"l": 70, "r": 20, "t": 40, "b": 100}
+        fig.update_layout(template="pllm", height=390, margin=margin, legend=legend)
         plot = go.FigureWidget(fig)
         plot._config = {**plot._config, **figures.CONFIG, "displayModeBar": False}
         return plot
@@ -324,6 +327,8 @@ class LoraLab(Explorable):
         with self._drawing, self.plot.batch_update():
             trace = self.plot.data[0]
             trace.x, trace.y = list(range(1, len(losses or ()) + 1)), list(losses or ())
+            longest = max([len(losses or ()), *(len(r.result.losses) for r in self.trained)])
+            self.plot.layout.xaxis.dtick = 1 if longest <= 12 else None  # no half steps
 
     def _draw_runs(self) -> None:
         live = {"mode": "lines+markers", "line": {"color": figures.SOFT_INK, "width": 2}, "marker": {"size": 6}}
@@ -335,19 +340,15 @@ class LoraLab(Explorable):
         for run in self.trained:
             colour, dash = figures.PALETTE[COLOURS[(run.number - 1) % 6]], DASHES[(run.number - 1) % 6]
             losses, fall = run.result.losses, run.fall
-            ends = [""] * (len(losses) - 1) + [f"run {run.number}"]
-            look = {"color": colour, "size": 9}
             traces += [
                 go.Scatter(
                     x=list(range(1, len(losses) + 1)),
                     y=losses,
-                    text=ends,
-                    mode="lines+text",
+                    mode="lines" if len(losses) > 1 else "markers",
                     name=f"run {run.number}",
-                    textposition="top right",
                     line={"color": colour, "dash": dash, "width": 2.5},
-                    cliponaxis=False,
-                    showlegend=False,
+                    marker={"color": colour},
+                    showlegend=True,
                     xaxis="x",
                     yaxis="y",
                 ),
@@ -355,7 +356,7 @@ class LoraLab(Explorable):
                     x=[run.number],
                     y=[fall.value],
                     mode="markers",
-                    marker=look,
+                    marker={"color": colour, "size": 9},
                     name=f"run {run.number}",
                     error_y=figures.error_bars([fall.value], [fall.low], [fall.high], colour),
                     showlegend=False,
@@ -366,6 +367,7 @@ class LoraLab(Explorable):
         with self.plot.batch_update():
             self.plot.data = ()
             self.plot.add_traces(traces)
+        self._live(None)
         self.clear.disabled = not self.trained
         self.described.html = figures.describe_html(self.describe())
         self.table.html = self._table_html()
@@ -393,7 +395,7 @@ class LoraLab(Explorable):
                 f"{r.result.parameters:,}",
                 f"{planned:.1f} / {r.result.seconds:.1f}",
                 f"{r.before.mean():.3f} → {r.after.mean():.3f}",
-                f"{r.fall.value:.3f} [{r.fall.low:.3f}, {r.fall.high:.3f}]",
+                f"{r.fall.value:.3f} [{r.fall.low:.3f}, {r.fall.high:.3f}]".replace(" ", "\u00a0"),
             ]
             kinds = ["", " class=num", " class=num", " class=num", " class=num"]
             body = "".join(f"<td{k}>{esc(c)}</td>" for k, c in zip(kinds, cells, strict=True))

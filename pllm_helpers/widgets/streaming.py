@@ -319,7 +319,7 @@ class PolicyDuel(Explorable):
             marks = [f'<td class="num">{s.mine[k]:.3f}{" ▲" if s.mine[k] > s.theirs[k] else ""}</td>' for k in METRICS]
             left = d.replaced
             assert left is not None
-            heads = "".join(f'<th scope="col">{k.upper()}</th>' for k in METRICS)
+            heads = "".join(f'<th scope="col" class="num">{k.upper()}</th>' for k in METRICS)
             theirs = "".join(f'<td class="num">{s.theirs[k]:.3f}</td>' for k in METRICS)
             parts.append(
                 f'<table class="pllm-table pllm-against"><thead><tr><th scope="col">▲ higher</th>{heads}</tr></thead>'
@@ -375,7 +375,7 @@ class PolicyDuel(Explorable):
         domains = [Counter(names[i] or "no domain" for i in s.kept) for s in m.sides]
         for name in dict.fromkeys(d for c in domains for d, _ in c.most_common()):
             rows.append((f"of domain: {name}", [str(c[name]) for c in domains]))
-        heads = "".join(f'<th scope="col">{esc(s.name)}</th>' for s in m.sides)
+        heads = "".join(f'<th scope="col" class="num">{esc(s.name)}</th>' for s in m.sides)
         body = ""
         for title, values in rows:
             cells = "".join(f'<td class="num">{esc(v)}</td>' for v in values)
@@ -408,18 +408,23 @@ class PolicyDuel(Explorable):
 
     def _draw_plot(self, m: Moment) -> None:
         n = len(m.scored)
+        for column, s in enumerate(m.sides):
+            look = figures.METHODS[s.play.policy]
+            here = [(born, gone) for born, gone in s.play.lives if born < m.position]
+            gone = [(a, b) for a, b in here if b < m.position]
+            held = [(a, m.position) for a, b in here if b >= m.position]
+            present = ([m.position, m.position], [0, n])
+            drawn = (
+                (_segments(gone), figures.tint(look.colour, 0.45)),
+                (_segments(held), look.colour),
+                (present, figures.SOFT_INK),
+            )
+            for line, ((x, y), colour) in zip(self.plot.data[3 * column : 3 * column + 3], drawn, strict=True):
+                # one batch a line: what a batch leaves out of some lines, the page would set to nothing
+                with self.plot.batch_update():
+                    line.x, line.y, line.line.color = x, y, colour
         with self.plot.batch_update():
             for column, s in enumerate(m.sides):
-                look = figures.METHODS[s.play.policy]
-                here = [(born, gone) for born, gone in s.play.lives if born < m.position]
-                gone = [(a, b) for a, b in here if b < m.position]
-                held = [(a, m.position) for a, b in here if b >= m.position]
-                for trace, lives, alpha in ((0, gone, 0.45), (1, held, 1)):
-                    line = self.plot.data[3 * column + trace]
-                    line.x, line.y = _segments(lives)
-                    line.line.color = figures.tint(look.colour, alpha)
-                present = self.plot.data[3 * column + 2]
-                present.x, present.y = [m.position, m.position], [0, n]
                 self.plot.layout.annotations[column].text = html.escape(s.name)
             for axis in ("xaxis", "xaxis2", "yaxis", "yaxis2"):
                 self.plot.layout[axis].range = [0, n * 1.01]

@@ -34,7 +34,7 @@ __all__ = ["AnnotationDesk", "Checked", "Desk", "Rewriter", "SynthesisLab", "ope
 OWN, SEVERAL = "Your own text", "Several messages"
 STARTERS, EACH = 4, 2  # the start state: so many messages, so many texts from each
 CHUNK = 8  # requests between two looks at the Stop button
-PROMPT_NAMES = {"few_shot": "Few-shot: four worked examples", "paper": "The paper's (recalled)"}
+PROMPT_NAMES = {"few_shot": "Few-shot (four examples)", "paper": "The paper's (recalled)"}
 MODE_NAMES = {"question": "Question only, keep the reply", "pair": "Question and reply"}
 # verdicts in the figure: name, colour, marker
 KINDS = {
@@ -49,7 +49,7 @@ WORDS = {
     "too_far": "too far",
     "copy": "a copy",
     "duplicate": "said before",
-    "too_long": "cut off by the token limit",
+    "too_long": "cut off",
     "empty": "no word in it",
     "unparsed": "no text found",
 }
@@ -333,6 +333,12 @@ class Rewriter(Explorable):
 
     # -- computing ------------------------------------------------------------------------------
     def compute(self, low: float | int, high: float | int) -> Checked:
+        if low > high:
+            raise InputError(
+                "Bounds",
+                f"expected the lower one below the upper one, got {low:.2f} and {high:.2f}",
+                "Move one of them.",
+            )
         if self._written is None:
             self._written = self._ask(self.sets[:STARTERS], EACH, self._settings())
         checked = self._written.judged(low=round(low, 4), high=round(high, 4))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pllm_helpers.experiments import streaming_study as study
-from pllm_helpers.figures import METHODS
+from pllm_helpers.figures import METHODS, SOFT_INK
 from pllm_helpers.models import load_encoder
 from pllm_helpers.selection import load_lexicons
 
@@ -82,7 +82,9 @@ def check(nb: LabPage, scored: study.ScoredStream, policies: tuple[str, str], at
             assert sorted(set(heights)) == sorted(m for _, m in kept)
             ended = [y for y in figure["data"][3 * side]["y"] if y is not None]
             assert len(ended) == 2 * sum(d.action == "replace" for d in run.decisions[:at])
-            assert figure["data"][3 * side + 2]["x"] == [at, at]
+            present = figure["data"][3 * side + 2]
+            assert present["x"] == [at, at] and present["line"]["color"] == SOFT_INK
+            assert figure["data"][3 * side + 1]["line"]["color"] == METHODS[policies[side]].colour
             assert figure["layout"]["annotations"][side]["text"] == METHODS[policies[side]].name
 
     nb.eventually(same)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from playwright.sync_api import Locator
@@ -30,6 +31,12 @@ def llm() -> LLM:
 
 
 @pytest.fixture(scope="module")
+def rewrite(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Synthesis]:
+    """What the package writes; nothing is asked twice."""
+    return partial(synthesize, llm, rounds=1, progress=False, out=tmp_path_factory.mktemp("texts") / "outputs.jsonl")
+
+
+@pytest.fixture(scope="module")
 def entries() -> list[Entry]:
     """What the notebook's setup leaves in the buffer."""
     stream = chitchat_stream(0).stream[: SMALL["messages"]]
@@ -51,7 +58,7 @@ def nb(page: LabPage) -> LabPage:
     idle(page)
     for label, value in (("Lower bound", "0.3"), ("Upper bound", "0.9"), ("Temperature", "0.7")):
         page.by_label(label).fill(value)
-    page.by_label("Prompt").select_option("Few-shot: four worked examples")
+    page.by_label("Prompt").select_option("Few-shot (four examples)")
     page.by_label("What").select_option("Question only, keep the reply")
     page.by_label("Texts per message").fill("2")
     page.eventually(lambda: error(page) == "")
@@ -103,12 +110,12 @@ def check_page(nb: LabPage, expected: Synthesis) -> None:
     assert (band["x0"], band["x1"]) == (expected.settings["low"], expected.settings["high"])
 
 
-def test_the_start_state_is_the_packages(nb: LabPage, llm: LLM, entries: list[Entry]):
+def test_the_start_state_is_the_packages(nb: LabPage, rewrite: Callable[..., Synthesis], entries: list[Entry]):
     """First of the module: nothing has been annotated or written yet."""
     by_question = {e.dialogue.question: e.dialogue for e in entries}
     originals = [by_question[q] for q in messages(nb)]
     assert len(originals) == 4
-    expected = synthesize(llm, originals, 2, rounds=1, progress=False)
+    expected = rewrite(originals, 2)
     check_page(nb, expected)
     kept = live(nb, ".pllm-texts tr[data-verdict] td:nth-child(4)").evaluate_all(TEXT)
     assert kept == [d.answer for d in originals for _ in range(2)]
@@ -120,9 +127,11 @@ def test_the_start_state_is_the_packages(nb: LabPage, llm: LLM, entries: list[En
     nb.screenshot("03_start")
 
 
-def test_bounds_by_keyboard_and_an_impossible_pair(nb: LabPage, llm: LLM, entries: list[Entry]):
+def test_bounds_by_keyboard_and_an_impossible_pair(
+    nb: LabPage, rewrite: Callable[..., Synthesis], entries: list[Entry]
+):
     by_question = {e.dialogue.question: e.dialogue for e in entries}
-    written = synthesize(llm, [by_question[q] for q in messages(nb)], 2, rounds=1, progress=False)
+    written = rewrite([by_question[q] for q in messages(nb)], 2)
     nb.by_label("Lower bound").focus()
     for _ in range(3):
         nb.page.keyboard.press("ArrowRight")
@@ -131,7 +140,7 @@ def test_bounds_by_keyboard_and_an_impossible_pair(nb: LabPage, llm: LLM, entrie
     nb.eventually(lambda: check_page(nb, written.judged(low=0.45, high=1.0)))
     nb.by_label("Upper bound").focus()
     nb.page.keyboard.press("Home")
-    nb.eventually(lambda: "low, high: expected 0 <= low <= high <= 1" in error(nb))
+    nb.eventually(lambda: "Bounds: expected the lower one below the upper one, got 0.45 and 0.00." in error(nb))
     check_page(nb, written.judged(low=0.45, high=1.0))  # the last result that worked
     nb.check_accessible()
     nb.screenshot("03_impossible_bounds")
@@ -181,13 +190,16 @@ def test_annotate_by_keyboard_skip_undo_and_the_budget(nb: LabPage, entries: lis
     shown(asked[3], "3 requests of 3 left tomorrow")
 
 
-def test_an_annotated_message_written_with_the_papers_prompt(nb: LabPage, llm: LLM, entries: list[Entry]):
+def test_an_annotated_message_written_with_the_papers_prompt(
+    nb: LabPage, rewrite: Callable[..., Synthesis], entries: list[Entry]
+):
     """Comes after the annotations: the reply that is kept is what was typed."""
     replies = dict(zip(*[iter(live(nb, ".pllm-kept td").evaluate_all(TEXT))] * 2, strict=True))
-    names = nb.by_label("Rewrite").locator("option").all_inner_texts()
-    by_name = {" ".join(q.split()): q for q in replies}
-    name = next(n for n in names if any(q.startswith(n.rstrip("…")) for q in by_name))
-    question = next(q for line, q in by_name.items() if line.startswith(name.rstrip("…")))
+    names = nb.by_label("Rewrite").locator("option").all_text_contents()  # with no-break spaces
+    starts = {n.replace("\xa0", " ").rstrip("…"): n for n in names}
+    question, name = next(
+        (q, n) for start, n in starts.items() for q in replies if " ".join(q.split()).startswith(start)
+    )
     nb.by_label("Rewrite").select_option(name)
     nb.by_label("Prompt").select_option("The paper's (recalled)")
     nb.by_label("Texts per message").fill("3")
@@ -200,7 +212,7 @@ def test_an_annotated_message_written_with_the_papers_prompt(nb: LabPage, llm: L
     idle(nb)
     before = next(e.dialogue for e in entries if e.dialogue.question == question)
     original = DialogueSet(before.user, question, replies[question], before.time, before.source)
-    expected = synthesize(llm, original, 3, rounds=1, prompt="paper", temperature=0.8, progress=False)
+    expected = rewrite(original, 3, prompt="paper", temperature=0.8)
     check_page(nb, expected)
     kept = live(nb, ".pllm-texts tr[data-verdict] td:nth-child(4)").evaluate_all(TEXT)
     assert kept == [replies[question]] * 3
@@ -208,7 +220,7 @@ def test_an_annotated_message_written_with_the_papers_prompt(nb: LabPage, llm: L
     nb.screenshot("03_paper_prompt")
 
 
-def test_own_text_stays_text_and_is_needed(nb: LabPage, llm: LLM):
+def test_own_text_stays_text_and_is_needed(nb: LabPage, rewrite: Callable[..., Synthesis]):
     assert not nb.by_label("Message").is_visible()
     nb.by_label("Rewrite").select_option("Your own text")
     nb.by_label("Message").wait_for()
@@ -223,7 +235,7 @@ def test_own_text_stays_text_and_is_needed(nb: LabPage, llm: LLM):
     idle(nb)
     assert live(nb, ":is(img, .pllm-texts script)").count() == 0 and "broken" not in nb.page.title()
     original = DialogueSet("you", hostile, "No, <script>closed</script>", source="typed")
-    check_page(nb, synthesize(llm, original, 1, rounds=1, progress=False))
+    check_page(nb, rewrite(original, 1))
 
 
 def test_stop_keeps_what_is_written(nb: LabPage):
@@ -238,9 +250,13 @@ def test_stop_keeps_what_is_written(nb: LabPage):
     assert len(messages(nb)) == 4
 
 
-def test_running_the_cells_again_keeps_the_annotations(nb: LabPage):
+def test_running_the_cell_again_keeps_the_annotations(nb: LabPage):
     before = live(nb, ".pllm-kept td").evaluate_all(TEXT)
     assert "one" in before
-    nb.run(timeout=400)
-    nb.eventually(lambda: live(nb, ".pllm-kept td").evaluate_all(TEXT) == before)
+    nb.by_label("Lower bound").fill("0.55")
+    nb.eventually(lambda: nb.figure()["layout"]["shapes"][0]["x0"] == 0.55)
     nb.screenshot("03_lab")
+    nb.command("notebook:run-cell")  # the last cell is the active one
+    nb.eventually(lambda: nb.by_label("Lower bound").input_value() == "0.3", timeout=BUSY)
+    nb.eventually(lambda: live(nb, ".pllm-kept td").evaluate_all(TEXT) == before)
+    assert "0 requests of 3 left today" in nb.text(".pllm-budget")

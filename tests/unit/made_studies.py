@@ -56,10 +56,11 @@ def made_study(
                     }
                     info = {"streamed": level.get("sets", 800), "held_out": held_out, "threads": 1, "note": ""}
                     if buffer and policy != BASE:
-                        info["buffer"] = {"words": 20 + 100 * gain, "redundancy": 0.3}
+                        info["buffer"] = {"words": 20 + 100 * gain, "redundancy": 0.3, "recency": 0.1 * seed}
                     cell = Cell(stream, seed, policy, **level)
                     cells.append(CellResult(cell, "", rows, means, {"tune": 8.0}, info))
     run = {"experiment": name, "settings": {"model": "made"}, "machine": {"cores": 2}, "threads_per_cell": [1]}
+    run["data"] = {s: {"streamed": 800, "held_out": held_out} for s in streams}
     return Study(name, tuple(cells), len(cells), run)
 
 

@@ -321,6 +321,17 @@ def test_cells_are_cached_paired_and_repeatable(parts, tiny, tmp_path):
     assert base.rows["rouge1"].shape == (2,) and base.rows["nll"].shape == (4,)
 
 
+def test_development_grid(parts, tmp_path):
+    from pllm_helpers.experiments import development_grid
+
+    grid = development_grid(STREAM, (1e-3, 1e-2), (1, 2), 1, settings=SMALL, bins=8, **parts)
+    assert set(grid.estimates) == {(0, 0), (1e-3, 1), (1e-3, 2), (1e-2, 1), (1e-2, 2)}
+    assert len({e.value for e in grid.estimates.values()}) == 5 and len(grid.table()) == 5
+    content = json.loads(grid.save(tmp_path / "grid.json", "command").read_text(encoding="utf-8"))
+    assert {f"nll/{STREAM}/base", f"nll/{STREAM}/lr=0.01/steps=2"} < {r["name"] for r in content["results"]}
+    assert content["run"]["command"] == "command" and "lr" not in content["run"]["settings"]
+
+
 def test_a_damaged_result_is_measured_again(parts):
     run = lambda: policy_comparison(STREAM, "fifo", 1, settings=SMALL, bins=8, **parts)  # noqa: E731
     first = run()
@@ -417,7 +428,8 @@ def made_up(seeds=3, n=16) -> Study:
                 means |= {"length_ratio": 1.0 + 0.1 * seed, "corpus_bleu": 0.02, "blank": 0.0}
                 info = {"streamed": 800, "held_out": n, "threads": 1, "note": "a note" if stream == "alpaca" else ""}
                 cells.append(CellResult(Cell(stream, seed, policy), "", rows, means, {"tune": 2.0}, info))
-    run = {"experiment": "policy_comparison", "versions": {"torch": "2"}}
+    data = {s: {"streamed": 800, "held_out": n} for s in ("person:0", "alpaca")}
+    run = {"experiment": "policy_comparison", "versions": {"torch": "2"}, "data": data, "threads_per_cell": [1]}
     return Study("policy_comparison", tuple(cells), len(cells), run)
 
 
@@ -470,7 +482,7 @@ def test_saved_tables_read_back(tmp_path):
     assert loaded.complete and loaded.notes == {"alpaca": "a note"}
     for metric in ("nll", "rouge1", "bleu", "copy_rate"):
         a, b = (s.table(metric).drop(columns=["n"]) for s in (study, loaded))
-        np.testing.assert_allclose(a[["value", "low", "high"]], b[["value", "low", "high"]], atol=1e-3)
+        np.testing.assert_allclose(a[["value", "low", "high"]], b[["value", "low", "high"]], atol=4e-3)
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
     with pytest.raises(InputError, match="nothing.json under data/results, there is none"):
         load_results("nothing")
@@ -485,7 +497,7 @@ def test_a_full_table_is_small(tmp_path):
     cells = [
         replace(study.cells[0], cell=Cell("person:0", s, "quality", bins=b + 1)) for s in range(5) for b in range(60)
     ]
-    info = dict(study.cells[0].info) | {"buffer": dict.fromkeys("abcdefghi", 0.1234)}
+    info = dict(study.cells[0].info) | {"buffer": dict.fromkeys(("different_words", *"abcdefgh"), 0.1234)}
     path = Study("x", tuple(replace(c, info=info) for c in cells), 300, study.run).save(tmp_path / "x.json")
     assert sum(len(line) for line in path.read_text(encoding="utf-8").splitlines() if '"rows"' in line) < 300_000
 

@@ -251,7 +251,8 @@ def test_tables_are_read_from_a_folder(tmp_path: Path):
     assert list(found) == ["policy_comparison"]
     made = made_study(policies=("quality", "random"), streams=("person:0",), seeds=2)
     for mine, read in zip(made.cells, found["policy_comparison"].cells, strict=True):
-        assert read.rows["rouge1"] == pytest.approx(mine.rows["rouge1"], abs=6e-4)
+        assert read.rows["rouge1"] == pytest.approx(mine.rows["rouge1"], abs=5.1e-3)  # kept to two decimals
+    assert "buffer_redundancy" in replication.cell_table(found["policy_comparison"])
     facts = replication.where_from(found["policy_comparison"])["value"]
     assert facts["command"] == "made for a test" and facts["seeds"] == "0, 1"
     assert replication.recorded(tmp_path / "..") == {}

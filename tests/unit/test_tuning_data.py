@@ -4,7 +4,7 @@ import pytest
 
 from pllm_helpers.dialogue import DialogueSet
 from pllm_helpers.runtime import InputError
-from pllm_helpers.tuning.data import batch_order, batch_stream, end_of_turn, padded, token_rows
+from pllm_helpers.tuning.data import batch_order, batch_stream, padded, token_rows
 from tests.unit.tuning_kit import dialogue_sets, tiny_llm
 
 
@@ -22,7 +22,7 @@ def test_a_row_is_the_templated_question_then_the_answer_and_the_end_of_turn(llm
     # the same text as the template gives for the whole conversation
     whole = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine, thanks."}]
     assert decode(row.ids) == llm.format_chat(whole, add_generation_prompt=False).rstrip("\n")
-    assert end_of_turn(llm) == 2
+    assert llm.end_of_turn == 2
 
 
 def test_a_long_question_loses_its_start_and_the_answer_stays_whole(llm):

@@ -282,6 +282,21 @@ def test_a_resumed_run_is_bit_equal(llm, data, tmp_path, fast):
         assert not (folder / CHECKPOINT).exists()
 
 
+def test_a_caller_may_end_a_run_and_go_on_later(llm, data, tmp_path):
+    seen = []
+
+    def until_three(step, loss, seconds):
+        seen.append((step, loss))
+        return step < 3
+
+    ended = tune_lora(llm, data, **{**SHORT, "progress": until_three}, out=tmp_path)
+    assert [s for s, _ in seen] == [1, 2, 3] and [x for _, x in seen] == ended.losses
+    assert ended.adapter_path is None and ended.card["ended_at"] == 3 and not (tmp_path / CARD).exists()
+    whole = tune_lora(llm, data, **SHORT)
+    rest = tune_lora(llm, data, **SHORT, out=tmp_path)
+    assert same_adapter(rest, whole) and rest.losses == whole.losses and "ended_at" not in rest.card
+
+
 @pytest.mark.parametrize(
     ("run", "kills"),
     [

@@ -211,9 +211,9 @@ def test_bounds_judge_again_without_asking_again(rewriter: Rewriter, monkeypatch
         assert result.passed == len(inside)
         (band,) = rewriter.plot.layout.shapes
         assert (band.x0, band.x1) == (low, high)
-    with pytest.raises(InputError, match="low <= high"):
+    with pytest.raises(InputError, match="lower one below"):
         rewriter.set(low=0.8, high=0.2)
-    assert "0 &lt;= low &lt;= high" in rewriter._error.html and rewriter.result.low == 0.95
+    assert "Move one." in rewriter._error.html and rewriter.result.low == 0.95
 
 
 @pytest.mark.model
