@@ -1,9 +1,6 @@
-"""Exercises of notebook 04: the reference passes, an empty answer is told so, each typical error is named."""
+"""Right and wrong answers to the exercises of notebook 04; the message that each mistake must get."""
 
 import numpy as np
-import pytest
-
-from pllm_helpers import labs
 
 
 def parameters(shapes, r):
@@ -29,7 +26,7 @@ REFERENCE = {
     "check_lora_forward": forward,
     "check_answer_labels": labels,
 }
-ARRAYS = {"check_answer_labels": lambda *a: np.array(labels(*a))}
+ALSO_RIGHT = [("check_answer_labels", lambda *a: np.array(labels(*a)))]
 
 WRONG = [
     ("check_lora_parameters", lambda s, r: sum(o * i for o, i in s), "the matrix itself"),
@@ -70,24 +67,3 @@ WRONG = [
         "also occurs in the question",
     ),
 ]
-
-
-def unwritten(*_):
-    raise NotImplementedError
-
-
-@pytest.mark.parametrize("check", REFERENCE)
-def test_reference_passes_and_empty_does_not(check, capsys):
-    getattr(labs, check)(REFERENCE[check])
-    assert "Passed" in capsys.readouterr().out
-    getattr(labs, check)(ARRAYS.get(check, REFERENCE[check]))
-    with pytest.raises(labs.Mistake, match="not written yet"):
-        getattr(labs, check)(unwritten)
-    with pytest.raises(labs.Mistake, match="nothing"):
-        getattr(labs, check)(lambda *_: None)
-
-
-@pytest.mark.parametrize(("check", "wrong", "message"), WRONG)
-def test_the_mistake_is_named(check, wrong, message):
-    with pytest.raises(labs.Mistake, match=message):
-        getattr(labs, check)(wrong)
