@@ -297,14 +297,17 @@ class Rewriter(Explorable):
         self.start.on_click(lambda _: self._pressed())
         self.stop.on_click(lambda _: self._stop.set())
         self.source.observe(lambda _: self._toggle(), names="value")
+        self._own = ipywidgets.Box([self.message, self.answer])
+        settings = [self.prompt, self.mode, self.temperature, self.each]
+        asked = [ipywidgets.Box([self.source]), self._own, ipywidgets.Box(settings)]
+        for box in asked:
+            box.add_class("pllm-controls")
         self._toggle()
-        fields = [self.source, self.message, self.answer, self.prompt, self.mode, self.temperature, self.each]
-        grid = ipywidgets.Box(fields).add_class("pllm-controls")
         buttons = ipywidgets.HBox([self.start, self.stop]).add_class("pllm-buttons")
         self.progress = Region(role="status", kind="pllm-progress")
         self.cards, self.table, self.described = Region(), Region(), Region()
         self.plot = self._empty_plot()
-        return controls, [self.cards, self.plot, self.described, self.table, grid, buttons, self.progress]
+        return controls, [self.cards, self.plot, self.described, self.table, *asked, buttons, self.progress]
 
     # -- for code -------------------------------------------------------------------------------
     def write(self, **settings: Any) -> Checked:
@@ -387,20 +390,16 @@ class Rewriter(Explorable):
         if not from_page():
             self.attempt(lambda: self._write(self._wanted(), lambda: False))
             return
-        try:
-            wanted = self._wanted()
-        except InputError as error:
-            self._fail(error)
-            return
 
         def job(stale: Callable[[], bool]) -> None:
             try:
-                self._write(wanted, stale)
+                self._write(self._wanted(), stale)
             except Exception as error:
                 self._fail(error)
 
         self._stop.set()  # what is being written now ends at its next pause
-        self._writer.submit(job)
+        # a click may overtake the value of the field that it took the focus from: read them a little later
+        self._writer.submit(job, delay=0.3)
 
     def _write(self, wanted: tuple[list[DialogueSet], int, dict[str, Any]], stale: Callable[[], bool]) -> None:
         originals, n, settings = wanted
@@ -430,8 +429,7 @@ class Rewriter(Explorable):
         return [(several, SEVERAL), *((_short(d.question), i) for i, d in enumerate(self.sets)), (OWN, OWN)]
 
     def _toggle(self) -> None:
-        for w in (self.message, self.answer):
-            w.layout.display = "" if self.source.value == OWN else "none"
+        self._own.layout.display = "" if self.source.value == OWN else "none"
 
     # -- drawing --------------------------------------------------------------------------------
     def draw(self, result: Checked) -> None:
@@ -653,7 +651,7 @@ def open_desk(entries: Sequence[Entry], folder: str | Path | None = None, *, per
     """
     if folder is None:
         if not _SCRATCH:
-            _SCRATCH.append(tempfile.TemporaryDirectory(prefix="pllm-annotations-"))
+            _SCRATCH.append(tempfile.TemporaryDirectory(prefix="pllm-annotations-", ignore_cleanup_errors=True))
         folder = _SCRATCH[0].name
     target = Path(folder).expanduser()
     target.mkdir(parents=True, exist_ok=True)

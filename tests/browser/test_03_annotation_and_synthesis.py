@@ -236,6 +236,8 @@ def test_own_text_stays_text_and_is_needed(nb: LabPage, rewrite: Callable[..., S
     assert live(nb, ":is(img, .pllm-texts script)").count() == 0 and "broken" not in nb.page.title()
     original = DialogueSet("you", hostile, "No, <script>closed</script>", source="typed")
     check_page(nb, rewrite(original, 1))
+    nb.check_accessible()
+    nb.screenshot("03_own_text")
 
 
 def test_stop_keeps_what_is_written(nb: LabPage):

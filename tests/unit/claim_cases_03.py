@@ -4,7 +4,7 @@ import numpy as np
 
 rng = np.random.default_rng(3)
 IDS = [f"original {i // 4}" for i in range(160)]  # four attempts on each of forty
-RARE, OFTEN = (list(rng.random(160) < p) for p in (0.1, 0.9))
+RARE, OFTEN = ((rng.random(160) < p).tolist() for p in (0.1, 0.9))
 NOISE = rng.normal(0, 0.05, 40)
 MARKS = [("a", "yes"), ("b", "no")]
 

@@ -213,7 +213,7 @@ def test_bounds_judge_again_without_asking_again(rewriter: Rewriter, monkeypatch
         assert (band.x0, band.x1) == (low, high)
     with pytest.raises(InputError, match="lower one below"):
         rewriter.set(low=0.8, high=0.2)
-    assert "Move one." in rewriter._error.html and rewriter.result.low == 0.95
+    assert "Move one of them." in rewriter._error.html and rewriter.result.low == 0.95
 
 
 @pytest.mark.model
@@ -231,10 +231,10 @@ def test_settings_reach_the_model_and_annotations_are_kept(llm: LLM, lab: Synthe
 
 @pytest.mark.model
 def test_own_text_is_needed_where_it_was_chosen(rewriter: Rewriter):
-    assert rewriter.message.layout.display == "none"
+    assert rewriter._own.layout.display == "none"
     with pytest.raises(InputError, match="Message"):
         rewriter.write(source=module.OWN)
-    assert rewriter.message.layout.display == ""
+    assert rewriter._own.layout.display == ""
     with pytest.raises(InputError, match="Reply"):
         rewriter.write(message="Is the <b>shop</b> open on Sunday?")
     shown = rewriter.write(answer="No, <i>closed</i>", each=1).synthesis
