@@ -136,11 +136,17 @@ def _decode(
     wanted = len(rows)
     rows = rows + rows[-1:] * (2 - wanted)  # a product with one row takes another kernel, which rounds bf16 differently
     seeds = seeds + seeds[-1:] * (2 - wanted)
-    width, pad = max(map(len, rows)), llm.tokenizer.pad_token_id or 0
+    pad, cache, shared = llm.tokenizer.pad_token_id or 0, DynamicCache(config=model.config), _shared(rows)
+    if shared:  # what all rows begin with is read once; two rows, see above
+        start = torch.tensor([rows[0][:shared]] * 2, device=device)
+        model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_select_indices(torch.zeros(len(rows), dtype=torch.long, device=device))
+        rows = [r[shared:] for r in rows]
+    width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     draws = [_generator(*s) for s in seeds] if temperature > 0 else None
     alive = list(range(len(rows)))  # rows of the batch -> rows of the answer
     written: list[list[int]] = [[] for _ in rows]
@@ -176,6 +182,17 @@ def _decode(
             cache.batch_select_indices(index)
             ids, mask, position, alive = ids[index], mask[index], position[index], [alive[k] for k in keep]
     return [w[: 1 + next((k for k, t in enumerate(w) if t in stop), len(w))] for w in written[:wanted]]
+
+
+SHARED_TOKENS = 32  # a shorter common beginning is not worth a pass of its own
+
+
+def _shared(rows: list[list[int]]) -> int:
+    """Tokens that all rows begin with; every row keeps at least one of its own. 0 where they are few."""
+    first, last = min(rows), max(rows)
+    most = min(map(len, rows)) - 1
+    same = next((k for k in range(most) if first[k] != last[k]), most)
+    return same if same >= SHARED_TOKENS and len(rows) > 2 else 0
 
 
 def _generator(seed: int, place: int) -> torch.Generator:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pllm_helpers.models import generate, load_encoder, load_llm
+from pllm_helpers.models import generate, generation, load_encoder, load_llm
 from pllm_helpers.models import weights as w
 from pllm_helpers.models.dtypes import faster_dtype
 from pllm_helpers.runtime import InputError, cache_dir, prepare
@@ -329,3 +329,18 @@ def test_threads_share_an_encoder(encoder):
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: encoder.encode(texts), range(8)):
             np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_a_common_beginning_is_read_once_and_changes_no_answer(llm, monkeypatch):
+    head = [
+        {"role": "user", "content": "Say it in other words: " + "I like long walks by the sea. " * 4},
+        {"role": "assistant", "content": "Walking along the shore is my favourite way to spend a day."},
+    ]
+    texts = ("See you at 8", "My dog is ill and sleeps a lot", "ok")
+    prompts = [[*head, {"role": "user", "content": t}] for t in texts]
+    assert generation._shared([llm.tokenizer(llm.format_chat(p))["input_ids"] for p in prompts]) > 32
+    settings = {"max_new_tokens": 12, "temperature": 0.8, "progress": False}
+    together = generate(llm, prompts, seed=[1, 2, 3], **settings)
+    alone = [generate(llm, [p], seed=[s], **settings)[0] for p, s in zip(prompts, (1, 2, 3), strict=True)]
+    monkeypatch.setattr(generation, "SHARED_TOKENS", 10**6)
+    assert generate(llm, prompts, seed=[1, 2, 3], **settings) == together == alone
