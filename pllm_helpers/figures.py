@@ -240,7 +240,7 @@ def new_figure(*, title: str = "", x: str = "", y: str = "", height: int = 420, 
     return fig
 
 
-def error_bars(value: Values, low: Values, high: Values, colour: str | None = None) -> dict[str, Any]:
+def error_bars(value: Values, low: Values, high: Values, colour: str = INK) -> dict[str, Any]:
     """``error_y`` or ``error_x`` of plotly for intervals given by their ends.
 
     Raises :class:`InputError` if lengths differ or an end lies on the wrong side of its value.
@@ -258,7 +258,7 @@ def error_bars(value: Values, low: Values, high: Values, colour: str | None = No
         "arrayminus": [v - lo for v, lo in zip(value, low, strict=True)],
         "thickness": 2,
         "width": 6,
-        **({"color": colour} if colour else {}),
+        "color": colour,  # never that of the marks: plotly cannot take it over where each has its own
     }
 
 

@@ -84,9 +84,9 @@ def test_refuses(llm, bad):
 
 def test_peak_memory_sees_an_array_that_was_there():
     with PeakMemory() as memory:
-        array = torch.ones(30_000_000)
+        array = torch.ones(60_000_000)  # 229 MiB
         del array
-    assert 100 < memory.mb < 200
+    assert 190 < memory.mb < 300
 
 
 CHILD = """
