@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CostPrediction", "predict_cost"]
 
 
-EFFICIENCY = 0.7  # share of the matrix rate that a whole step reaches, about; `make bench` measures it as matrix_share
+EFFICIENCY = 0.42  # share of the matrix rate that a whole step reaches, as `make bench` measured it (matrix_share)
 
 
 @dataclass(frozen=True)
