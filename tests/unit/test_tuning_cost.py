@@ -12,7 +12,7 @@ from pllm_helpers.dialogue import DialogueSet
 from pllm_helpers.runtime import InputError
 from pllm_helpers.tuning import predict_cost, tune_lora
 from pllm_helpers.tuning.adapters import WEIGHTS
-from pllm_helpers.tuning.cost import matrix_rate, template_beginning
+from pllm_helpers.tuning.cost import EFFICIENCY, matrix_rate, template_beginning
 from pllm_helpers.tuning.data import token_rows
 from pllm_helpers.tuning.memory import PeakMemory
 from tests.unit.tuning_kit import dialogue_sets, tiny_llm
@@ -68,7 +68,7 @@ def test_more_of_anything_costs_more(llm):
 
 def test_seconds_follow_from_the_measured_rate(llm):
     cost, rate = predict_cost(llm), matrix_rate(torch.float32, torch.get_num_threads())
-    assert cost.seconds_per_step == pytest.approx(cost.gflop_per_step / rate / 0.7)
+    assert cost.seconds_per_step == pytest.approx(cost.gflop_per_step / rate / EFFICIENCY)
 
 
 def test_template_beginning(llm):
