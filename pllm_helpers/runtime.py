@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import random
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = [
     "prepare",
     "processor_name",
     "thread_count",
+    "write_whole",
 ]
 
 
@@ -126,6 +128,20 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a whole file, synced to disk, or nothing; text as UTF-8."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(content.encode("utf-8") if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def cache_dir() -> Path:

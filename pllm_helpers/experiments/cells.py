@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from ..dialogue import DialogueSet
 from ..evaluation import evaluate_responses, response_nll, response_words
-from ..runtime import InputError, cache_dir, prepare
+from ..runtime import InputError, cache_dir, prepare, write_whole
 from .streams import StudyStream, open_stream, shorten
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class Workbench:
                 done = self.cached(cell)
                 if done is None:
                     done = self.measure(cell)
-                    _write_whole(path, json.dumps(done.to_json(), ensure_ascii=False))
+                    write_whole(path, json.dumps(done.to_json(), ensure_ascii=False))
         except filelock.Timeout:
             return None
         with contextlib.suppress(OSError):
@@ -517,9 +517,3 @@ def _no_default_system(template: str) -> str:
 
 def _hash(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    from ..models.weights import atomic_write
-
-    atomic_write(path, text)

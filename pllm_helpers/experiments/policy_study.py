@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ..evaluation import Estimate, paired_difference
-from ..runtime import InputError, data_dir, prepare, processor_name
-from .cells import BASE, FLAGS, METRICS, Cell, CellResult, Settings, Workbench, _write_whole
+from ..runtime import InputError, data_dir, prepare, processor_name, write_whole
+from .cells import BASE, FLAGS, METRICS, Cell, CellResult, Settings, Workbench
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,7 +266,7 @@ class Study:
         json.loads(text)
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(target, text)
+        write_whole(target, text)
         target.chmod(0o644)
         return target
 
@@ -574,7 +574,7 @@ class Grid:
         results = [{"name": f"nll/{self.stream}/{names[k]}", **_stated(e)} for k, e in self.estimates.items()]
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(target, json.dumps({"run": {**self.run, "command": command}, "results": results}, indent=1) + "\n")
+        write_whole(target, json.dumps({"run": {**self.run, "command": command}, "results": results}, indent=1) + "\n")
         target.chmod(0o644)
         return target
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..runtime import InputError, cache_dir, processor_name
-from .weights import DTYPES, atomic_write
+from ..runtime import InputError, cache_dir, processor_name, write_whole
+from .weights import DTYPES
 
 _MEASURED: dict[str, dict] = {}  # this process; for caches that cannot be written
 
@@ -74,7 +74,7 @@ def faster_dtype(model_name: str, build: Callable[[str], torch.nn.Module]) -> st
         }
         _MEASURED[key] = entry
         with contextlib.suppress(OSError):
-            atomic_write(store, json.dumps({**known, key: entry}, indent=1))
+            write_whole(store, json.dumps({**known, key: entry}, indent=1))
     return entry["dtype"]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..runtime import InputError, cache_dir, online
+from ..runtime import InputError, cache_dir, online, write_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUNDLED_LLM = "SmolLM2-135M-Instruct"
@@ -86,24 +85,10 @@ def intact(folder: Path, *, full: bool = False) -> bool:
                 entry["mark"], dirty = mark, True
         if dirty and not full:
             with contextlib.suppress(OSError):
-                atomic_write(manifest, json.dumps({"files": listed}, indent=1))
+                write_whole(manifest, json.dumps({"files": listed}, indent=1))
         return True
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write a whole text file or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_manifest(folder: Path) -> None:
@@ -111,7 +96,7 @@ def write_manifest(folder: Path) -> None:
     files = {
         p.name: {"sha256": sha256(p), "mark": _mark(p)} for p in sorted(folder.iterdir()) if p.name != "manifest.json"
     }
-    atomic_write(folder / "manifest.json", json.dumps({"files": files}, indent=1))
+    write_whole(folder / "manifest.json", json.dumps({"files": files}, indent=1))
 
 
 def converted_gguf(gguf: Path, *, say=print) -> Path:

@@ -6,8 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime import InputError
+from ..runtime import InputError, write_whole
 
 if TYPE_CHECKING:
     from ..models import LLM
@@ -96,20 +94,6 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
         k: v.detach().cpu().clone().contiguous()
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a whole file, synced to disk, or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write_adapter(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any], card: dict) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..runtime import InputError
-from .adapters import CHECKPOINT, write_whole
+from ..runtime import InputError, write_whole
+from .adapters import CHECKPOINT
 
 
 @dataclass
