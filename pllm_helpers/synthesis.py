@@ -150,7 +150,7 @@ def parse_bracketed(text: str, *, strict: bool = False) -> str | None:
     Returns ``""`` where there is nothing but brackets, quotes and white space, and ``None`` where
     no text can be told apart: no bracket (``strict``), or a preface and nothing after it.
     """
-    clean = _ROLE.sub("\n", text).replace("\x00", "").strip()
+    clean = _ROLE.sub("\n", text).replace("\x00", " ").strip()
     if not _has_word(clean):
         return ""
     groups = _groups(clean)

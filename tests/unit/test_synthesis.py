@@ -146,6 +146,7 @@ PIECES = st.sampled_from(
 @example("The text:\n\n" * 1500)
 @example("\ud800[\udfff]")
 @example("'" * 5)
+@example("0\x000")
 def test_never_raises_and_never_invents(raw):
     for strict in (False, True):
         text = parse_bracketed(raw, strict=strict)
