@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-import torch
 
 from pllm_helpers.dialogue import DialogueSet
 from pllm_helpers.evaluation import evaluate_responses, paired_difference, response_nll
@@ -42,6 +41,7 @@ from pllm_helpers.models import LLM, load_encoder, load_llm
 from pllm_helpers.runtime import InputError
 from pllm_helpers.selection import POLICIES, MetricTable
 from pllm_helpers.tuning import adapted, tune_lora
+from tests.unit.tuning_kit import tiny_llm
 
 SMALL = Settings(length=24, held_out=4, steps=2, generated=2, new_tokens=2, rank=2, batch_size=4)
 STREAM = "authored:empathetic"
@@ -49,21 +49,7 @@ STREAM = "authored:empathetic"
 
 def tiny_model() -> LLM:
     """A tiny random model: cells, keys and files are the same as with a real one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=49152,
-        max_position_embeddings=1024,
-    )
-    config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return LLM(model, load_llm().tokenizer, "tiny", "fp32")
+    return tiny_llm(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from pllm_helpers.synthesis import (
     synthesis_prompt,
     synthesize,
 )
+from tests.unit.tuning_kit import tiny_llm
 
 # ---------------------------------------------------------------- parsing
 
@@ -275,22 +276,7 @@ def tiny(noise: LLM, monkeypatch) -> LLM:
 @pytest.fixture(scope="module")
 def noise() -> LLM:
     """A tiny random model: requests, seeds, files and counts are the same as with a real one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    real = load_llm()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=49152,
-        max_position_embeddings=1024,
-    )
-    config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return LLM(model, real.tokenizer, "tiny", "fp32")
+    return tiny_llm(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
 
 
 ORIGINALS = [

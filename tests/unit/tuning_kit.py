@@ -20,13 +20,13 @@ SIZES = dict(
 )
 
 
-def tiny_llm(dtype: str = "fp32", family: str = "llama") -> LLM:
-    """Four layers of random weights, the same ones at every call."""
+def tiny_llm(dtype: str = "fp32", family: str = "llama", **sizes: int) -> LLM:
+    """Four layers (or ``sizes``) of random weights, the same ones at every call."""
     kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
     config_class, model_class = kinds[family]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = model_class(config_class(**SIZES, tie_word_embeddings=True))
+        model = model_class(config_class(**SIZES | sizes, tie_word_embeddings=True))
     for name, p in model.named_parameters():
         if name.endswith("bias"):  # zero at the start, which would hide a forgotten bias
             p.data.normal_(0, 0.1)
