@@ -49,7 +49,8 @@ bench: setup ## compare with peers on this machine into benchmarks/results.json
 	$(BIN)/python -m benchmarks $(ARGS)
 
 results: setup ## run the series and record its times and verdicts in data/results
-	$(BIN)/pllm run --out runs/results $(ARGS)
+	rm -rf runs/cold && PLLM_CACHE="$(CURDIR)/runs/cold" $(BIN)/pllm run --out runs/results $(ARGS)
+	rm -rf runs/cold # an empty cache: the times of a first run, nothing measured earlier
 	mkdir -p data/results && cp runs/results/results.json data/results/series_quick.json
 	$(BIN)/python -m pllm_helpers.corpora.manifest --write
 
