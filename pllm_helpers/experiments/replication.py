@@ -52,6 +52,7 @@ __all__ = [
     "faster_learning_claim",
     "headline_claim",
     "how_to_measure",
+    "not_recorded",
     "improvement_claim",
     "largest_improvement",
     "ledger",
@@ -90,6 +91,7 @@ STUDIES = (
     "synthesis_sweep",
     "released_code_gap",
 )
+_WITHIN = {"metric_ablation": "policy_comparison", "released_code_gap": "policy_comparison"}  # the same cells
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,11 @@ def where_from(study: Study) -> pd.DataFrame:
     }
     facts |= {f"note on {k}": v for k, v in study.notes.items()}
     return pd.DataFrame({"value": [str(v) for v in facts.values()]}, index=list(facts))
+
+
+def not_recorded(studies: Mapping[str, Study]) -> list[str]:
+    """The :data:`STUDIES` whose cells none of ``studies`` holds, in order."""
+    return [name for name in STUDIES if name not in studies and _WITHIN.get(name) not in studies]
 
 
 def how_to_measure(name: str) -> str:

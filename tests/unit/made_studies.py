@@ -54,7 +54,13 @@ def made_study(
                         "copy_rate": 0.1,
                         "corpus_bleu": 0.02,
                     }
-                    info = {"streamed": level.get("sets", 800), "held_out": held_out, "threads": 1, "note": ""}
+                    info = {
+                        "streamed": level.get("sets", 800),
+                        "held_out": held_out,
+                        "threads": 1,
+                        "note": "",
+                        "cpu_seconds": 7.0,
+                    }
                     if buffer and policy != BASE:
                         info["buffer"] = {"words": 20 + 100 * gain, "redundancy": 0.3, "recency": 0.1 * seed}
                     cell = Cell(stream, seed, policy, **level)

@@ -261,3 +261,9 @@ def test_tables_are_read_from_a_folder(tmp_path: Path):
     (tmp_path / "learning_curve.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="learning_curve"):
         replication.recorded(tmp_path)
+
+
+def test_what_is_not_recorded(study: Study):
+    assert replication.not_recorded({}) == list(replication.STUDIES)
+    assert not {"metric_ablation", "released_code_gap"} & set(replication.not_recorded({"policy_comparison": study}))
+    assert "learning_curve" in replication.not_recorded({"policy_comparison": study})
