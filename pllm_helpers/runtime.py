@@ -24,6 +24,7 @@ __all__ = [
     "prepare",
     "processor_name",
     "thread_count",
+    "whole_file",
     "write_whole",
 ]
 
@@ -132,11 +133,21 @@ def processor_name() -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a whole file, synced to disk, or nothing; text as UTF-8."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes the place of ``path``, synced to disk, when the block ends well.
+
+    For what is too large to be built in memory first.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content.encode("utf-8") if isinstance(content, str) else content)
-            f.flush()
+        os.close(handle)
+        yield Path(name)
+        with open(name, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(name, path)
     except BaseException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ def response_nll(
     llm: LLM,
     dialogues: Sequence[DialogueSet],
     *,
+    prompts: Sequence[str | Sequence[Mapping[str, str]]] | None = None,
     batch_size: int = 8,
     max_tokens: int = 512,
     progress: bool | None = None,
@@ -31,20 +32,29 @@ def response_nll(
     token are scored. Logits are computed at answer positions only. Lower means that the model
     expected the reply more.
 
-    Raises :class:`~pllm_helpers.runtime.InputError` if a row lacks a question or an answer, or if
-    question and answer together have more than ``max_tokens`` tokens (no silent cutting).
+    ``prompts``: what the model sees instead of each question, a text or a list of ``{"role",
+    "content"}`` messages, one per row; for instance the prompts of
+    :meth:`~pllm_helpers.retrieval.RetrievalPersonalizer.prompts`, so that tuning, retrieval and both
+    are compared on the same replies.
+
+    Raises :class:`~pllm_helpers.runtime.InputError` if a row lacks a question or an answer, if there
+    is not one prompt per row, or if prompt and answer together have more than ``max_tokens`` tokens
+    (no silent cutting).
     """
     import torch
 
     from ..models.generation import progress_bar
 
+    if prompts is not None and (isinstance(prompts, str) or len(prompts) != len(dialogues)):
+        raise InputError("prompts", f"expected one for each of {len(dialogues)} rows, got {len(prompts)}")
     rows: list[tuple[list[int], int]] = []
     for place, d in enumerate(dialogues):
         if not d.question.strip() or not d.answer.strip():
             raise InputError(
                 f"dialogues[{place}]", "expected a question and an answer, one is blank", "Leave the row out."
             )
-        prompt = llm.tokenizer(llm.format_chat(d.question), add_special_tokens=False)["input_ids"]
+        text = llm.format_chat(d.question if prompts is None else prompts[place])
+        prompt = llm.tokenizer(text, add_special_tokens=False)["input_ids"]
         answer = llm.tokenizer(d.answer.strip(), add_special_tokens=False)["input_ids"] + [llm.end_of_turn]
         if len(prompt) + len(answer) > max_tokens:
             raise InputError(

@@ -151,15 +151,24 @@ def adapted(llm: LLM, adapter: TuningResult | str | Path) -> Iterator[LLM]:
 
     Parameters
     ----------
-    adapter : what :func:`tune_lora` returned, or a folder that peft can read.
+    adapter : what a tuner returned, or a folder: of a tuner, or an adapter that peft can read. A
+        full-parameter run gives a model with its tuned weights; one that only its log is left of is replayed.
 
     Raises :class:`~pllm_helpers.runtime.InputError` if ``llm`` already carries an adapter, if the
     adapter is damaged, or if it was trained for another base model.
     """
     import peft
 
-    from .result import TuningResult
+    from .result import TuningResult, load_result
 
+    if isinstance(adapter, (str, Path)) and not (Path(adapter) / WEIGHTS).exists() and (Path(adapter) / CARD).exists():
+        adapter = load_result(adapter)
+    if isinstance(adapter, TuningResult) and not adapter.adapter:
+        from .full import with_weights
+        from .replay import replay
+
+        yield with_weights(llm, adapter.weights) if adapter.weights else replay(llm, adapter)
+        return
     if isinstance(adapter, TuningResult):
         state, config, card = adapter.adapter, adapter.config, adapter.card
     elif isinstance(adapter, (str, Path)):

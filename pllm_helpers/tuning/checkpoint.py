@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,28 @@ import torch
 
 from ..runtime import InputError, write_whole
 from .adapters import CHECKPOINT
+
+
+@contextlib.contextmanager
+def own_folder(out: str | Path) -> Iterator[Path]:
+    """The folder of a run, made if need be, for this process alone.
+
+    Raises :class:`~pllm_helpers.runtime.InputError` if another process trains in it, and for any
+    error of the system inside the block: no room, no right to write.
+    """
+    import filelock
+
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(str(folder / ".lock"), timeout=0):
+            yield folder
+    except filelock.Timeout as e:
+        raise InputError("out", f"expected a folder of its own, another process trains in {folder}") from e
+    except OSError as e:
+        raise InputError(
+            "out", f"expected a folder with room to write in, got: {e}", "Free space, or give another."
+        ) from e
 
 
 @dataclass

@@ -44,6 +44,9 @@ def token_rows(
 ) -> TokenRows:
     """Question through the chat template, then the answer and the end-of-turn token.
 
+    A dialogue with ``meta["form"] == "plain"`` is one running text instead: question, a space and
+    the answer, without template or end (see :class:`~pllm_helpers.tuning.PromptTask`).
+
     Where that exceeds ``max_tokens``, the *start of the question* is left out (the template and
     the whole answer stay). Raises :class:`~pllm_helpers.runtime.InputError` on an empty list, on
     a blank question or answer, and if the answer alone does not fit (or, with ``cut=False``, on
@@ -60,12 +63,15 @@ def token_rows(
             raise InputError(name, f"expected a DialogueSet, got {type(d).__name__}")
         if not d.question.strip() or not d.answer.strip():
             raise InputError(name, "expected a question and an answer, one is blank", "Leave the row out.")
-        answer = [*_ids(llm, d.answer.strip()), stop]
-        prompt = _ids(llm, llm.format_chat(d.question))
+        plain = d.meta.get("form") == "plain"
+        answer = _ids(llm, " " + d.answer.strip()) if plain else [*_ids(llm, d.answer.strip()), stop]
+        prompt = _plain_ids(llm, d.question) if plain else _ids(llm, llm.format_chat(d.question))
         if len(prompt) + len(answer) > max_tokens:
             if not cut:
                 raise InputError(name, f"expected at most {max_tokens} tokens, got {len(prompt) + len(answer)}")
-            prompt = _shortened(llm, d.question, max_tokens - len(answer), name, max_tokens)
+            room = max_tokens - len(answer)
+            cut_short = plain and room > 1
+            prompt = prompt[-room:] if cut_short else _shortened(llm, d.question, room, name, max_tokens)
             shortened += 1
         rows.append(Row(prompt + answer, len(answer)))
     return TokenRows(rows, shortened)
@@ -73,6 +79,12 @@ def token_rows(
 
 def _ids(llm: LLM, text: str) -> list[int]:
     return llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _plain_ids(llm: LLM, text: str) -> list[int]:
+    """Ids of a text from its beginning, behind the token that begins a text where the model has one."""
+    begin = [llm.tokenizer.bos_token_id] if getattr(llm.tokenizer, "add_bos_token", False) else []
+    return begin + _ids(llm, text.strip())
 
 
 def _shortened(llm: LLM, question: str, room: int, name: str, max_tokens: int) -> list[int]:

@@ -208,12 +208,13 @@ def train(
     key: str,
     every: int | None,
     progress: Progress,
+    pause: float | int = 20,
 ) -> None:
-    """Drive ``run`` to its end and write checkpoints: every ``every`` steps or 20 seconds, and when ended."""
+    """Drive ``run`` to its end and write checkpoints: every ``every`` steps or ``pause`` seconds, and when ended."""
     written = time.monotonic()
     for _ in run.steps(watch, progress):
         run.peak_mb = max(run.peak_mb, memory.mb)
-        due = run.step % every == 0 if every else time.monotonic() - written > 20
+        due = run.step % every == 0 if every else time.monotonic() - written > pause
         if folder is not None and (due or run.ended):
             run.checkpoint(key).write(folder)
             written = time.monotonic()

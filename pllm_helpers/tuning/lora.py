@@ -24,7 +24,7 @@ from .adapters import (
     without_adapter,
     write_adapter,
 )
-from .checkpoint import read_checkpoint
+from .checkpoint import own_folder, read_checkpoint
 from .data import token_rows
 from .forward import plain_objective
 from .loop import Objective, Progress, Run, Schedule, Watch, train
@@ -66,6 +66,7 @@ def tune_lora(
     resume: bool = True,
     progress: Progress = None,
     fast: bool = True,
+    frugal: str | None = None,
 ) -> TuningResult:
     """Train a LoRA adapter (Hu et al. 2021) so that ``llm`` answers as ``dialogues`` do.
 
@@ -99,6 +100,9 @@ def tune_lora(
         returns stays in memory, and its card says ``"ended_at"``.
     fast : ``False`` runs the blocks of transformers on padded batches even where our own, which
         give the same losses up to rounding, could.
+    frugal : ``"checkpoint"`` keeps one block's activations at a time and computes each block twice;
+        the steps are the same to the last bit. ``"stream"`` also lets go of the memory-mapped
+        weights after each use, so that about one block is resident (same up to rounding).
 
     Raises :class:`~pllm_helpers.runtime.InputError` on settings out of range, blank dialogues,
     answers longer than ``max_tokens``, losses that are not finite, a damaged checkpoint, and an
@@ -121,24 +125,13 @@ def tune_lora(
 
     if out is None:
         return _tune(llm, rows, plan, watch, settings, card, key, None, checkpoint_every, progress)
-    folder = Path(out)
-    import filelock
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(str(folder / ".lock"), timeout=0):
-            if resume and (done := _finished(folder, card)):
-                return done
-            if not resume:
-                for name in (CARD, CONFIG, WEIGHTS, CHECKPOINT):
-                    (folder / name).unlink(missing_ok=True)
-            return _tune(llm, rows, plan, watch, settings, card, key, folder, checkpoint_every, progress)
-    except filelock.Timeout as e:
-        raise InputError("out", f"expected a folder of its own, another process trains in {folder}") from e
-    except OSError as e:
-        raise InputError(
-            "out", f"expected a folder with room to write in, got: {e}", "Free space, or give another."
-        ) from e
+    with own_folder(out) as folder:
+        if resume and (done := _finished(folder, card)):
+            return done
+        if not resume:
+            for name in (CARD, CONFIG, WEIGHTS, CHECKPOINT):
+                (folder / name).unlink(missing_ok=True)
+        return _tune(llm, rows, plan, watch, settings, card, key, folder, checkpoint_every, progress)
 
 
 def _tune(
@@ -166,7 +159,9 @@ def _tune(
         model = attach(llm, config, plan.seed)
         model.eval()  # dropout of the base model, where it has one, would be the only chance in a step
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        objective = _objective(model.get_base_model(), llm.tokenizer.pad_token_id or 0, settings["fast"])
+        objective = _objective(
+            model.get_base_model(), llm.tokenizer.pad_token_id or 0, settings["fast"], settings.get("frugal")
+        )
         run = Run(parameters, objective, rows.rows, plan)
         saved = read_checkpoint(folder) if folder else None
         if saved:
@@ -200,7 +195,11 @@ def _tune(
     return TuningResult(run.losses, run.seconds, run.peak_mb, run.tokens, folder, run.held_out, card, state, plain)
 
 
-def _objective(model: Any, pad: int, fast: bool) -> Objective:
+def _objective(model: Any, pad: int, fast: bool, frugal: str | None = None) -> Objective:
+    if frugal:
+        from .frugal import frugal_objective
+
+        return frugal_objective(model, pad, frugal, fast)
     return packed_objective(model) if fast and is_packable(model) else plain_objective(model, pad)
 
 
@@ -294,6 +293,10 @@ def _checked(llm: LLM, given: dict[str, Any]) -> dict[str, Any]:
         "weight_decay": real("weight_decay", given["weight_decay"], 0, 10),
         "max_tokens": whole("max_tokens", given["max_tokens"], 8, 1 << 20),
     }
+    if given["frugal"] not in (None, "checkpoint", "stream"):
+        raise InputError("frugal", f"expected None, 'checkpoint' or 'stream', got {given['frugal']!r}")
+    if given["frugal"]:
+        settings["frugal"] = given["frugal"]
     for name, low in (("evaluate_every", 1), ("patience", 1), ("checkpoint_every", 1)):
         if given[name] is not None:
             whole(name, given[name], low)

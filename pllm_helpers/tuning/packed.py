@@ -124,8 +124,14 @@ def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     return SharedInput.apply(x, tuple(bases), tuple(scales), *pairs)
 
 
-def packed_objective(model: Any) -> Callable[[Sequence[Row]], Tensor]:
-    """``rows -> (rows,)`` summed NLL of each row's answer tokens, as ``plain_objective`` has it."""
+def packed_objective(
+    model: Any, through: Callable[..., Tensor] | None = None, answer_nll: Callable[..., Tensor] = AnswerNll.apply
+) -> Callable[[Sequence[Row]], Tensor]:
+    """``rows -> (rows,)`` summed NLL of each row's answer tokens, as ``plain_objective`` has it.
+
+    ``through`` and ``answer_nll`` may replace :func:`block` and ``AnswerNll``.
+    """
+    through = through or block
     decoder, head = model.get_decoder(), model.get_output_embeddings().weight
     config = model.config.get_text_config()
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -138,9 +144,9 @@ def packed_objective(model: Any) -> Callable[[Sequence[Row]], Tensor]:
         scale = decoder.layers[0].self_attn.scaling
         turns = {"q": (cos * scale, sin * scale), "k": (cos, sin)}
         for layer in decoder.layers:
-            x = block(layer, x, turns, batch, last=layer is decoder.layers[-1])
+            x = through(layer, x, turns, batch, last=layer is decoder.layers[-1])
         x = RmsNorm.apply(x, decoder.norm.weight, decoder.norm.variance_epsilon)
-        nll = AnswerNll.apply(x, head, batch.targets, x.requires_grad and torch.is_grad_enabled())
+        nll = answer_nll(x, head, batch.targets, x.requires_grad and torch.is_grad_enabled())
         return torch.stack([part.sum() for part in nll.split(batch.answers)])
 
     return objective
