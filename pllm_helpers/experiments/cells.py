@@ -438,12 +438,12 @@ class Workbench:
 
 def _tidy() -> None:
     """Give back what a cell leaves: reference cycles of the adapted model, and freed pages that malloc keeps."""
-    import ctypes
     import gc
 
+    from ..tuning.memory import trim
+
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim()
 
 
 def reply_nll(llm: LLM, dialogues: Sequence[DialogueSet]) -> Float[np.ndarray, " n"]:
