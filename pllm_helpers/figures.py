@@ -138,6 +138,19 @@ def _table() -> dict[str, Method]:
             ("adam", "Adam, all weights", "wine"),
             ("rag", "Retrieval", "purple"),
         ],
+        "pocket": [
+            ("mezo_lora", "MeZO inside LoRA", "purple"),
+            ("sgd", "SGD, all weights", "black"),
+            ("lora_checkpointed", "LoRA, checkpointed", "blue"),
+            ("lora_streamed", "LoRA, streamed", "wine"),
+            ("adalomo", "AdaLomo", "green"),
+        ],
+        "device": [
+            ("bf16", "16 bits", "black"),
+            ("int8", "int8", "blue"),
+            ("int4", "int4", "vermillion"),
+            ("both", "LoRA and retrieval", "green"),
+        ],
         "search": [
             ("xpert", "XPerT", "blue"),
             ("exhaustive", "Exhaustive search", "black"),
