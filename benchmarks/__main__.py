@@ -10,7 +10,18 @@ from pathlib import Path
 
 from pllm_helpers.runtime import prepare
 
-from . import generation, kill, kill_tuning, lora, memory, metrics_throughput, policy_overhead
+from . import (
+    generation,
+    kill,
+    kill_tuning,
+    lomo,
+    lora,
+    memory,
+    metrics_throughput,
+    mezo,
+    mezo_variants,
+    policy_overhead,
+)
 
 MODULES = {
     "metrics_throughput": metrics_throughput,
@@ -20,6 +31,9 @@ MODULES = {
     "kill": kill,
     "kill_tuning": kill_tuning,
     "lora": lora,
+    "mezo": mezo,
+    "mezo_variants": mezo_variants,
+    "lomo": lomo,
 }
 RESULTS = Path(__file__).with_name("results.json")
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from pllm_helpers.evaluation import bootstrap_interval
 
 Row = dict[str, object]
+
+
+def status_mb(field: str) -> float:
+    """``VmRSS`` (resident memory) or ``VmHWM`` (its peak) of this process.
+
+    Not ``ru_maxrss``: a process inherits that from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"the system does not tell {field}")
 
 
 def in_turn(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[list[float], list[float]]:

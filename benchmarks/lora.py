@@ -25,7 +25,7 @@ from pllm_helpers.tuning.data import Row as TokenRow
 from pllm_helpers.tuning.data import batch_stream, token_rows
 from pllm_helpers.tuning.packed import shared_beginning
 
-from .compare import Row, row
+from .compare import Row, row, status_mb
 
 BATCH, RANK, ALPHA, LR, SEED = 8, 8, 16, 1e-3, 0
 FLOOR_GFLOP = 0.54  # per token: 2 + 2 FLOP for each of 135 million weights, forward and gradient of the input
@@ -81,19 +81,11 @@ def trl_losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def resident_mb() -> float:
-    import psutil
-
-    return psutil.Process().memory_info().rss / 2**20
-
-
 def child(side: str, model: str, folder: str, steps: int) -> dict[str, Any]:
     """One training run in this process: tokens per second, megabytes beyond the imports, losses.
 
     Both sides are clocked from the first step to the last; loading, tokenising and saving do not count.
     """
-    import resource
-
     import peft
     import torch
     from safetensors.torch import load_file
@@ -106,7 +98,7 @@ def child(side: str, model: str, folder: str, steps: int) -> dict[str, Any]:
     if side == "ours":
         import transformers.models.llama.modeling_llama  # noqa: F401  the peer has it before its model, too
 
-        before = resident_mb()
+        before = status_mb("VmRSS")
         llm = load_llm(dtype="bf16")
         settings = {"rank": RANK, "alpha": ALPHA, "batch_size": BATCH, "warmup": 0, "seed": SEED}
         result = tune_lora(llm, data, steps=steps, lr=LR, progress=False, **settings)
@@ -116,7 +108,7 @@ def child(side: str, model: str, folder: str, steps: int) -> dict[str, Any]:
         from transformers import AutoTokenizer, TrainerCallback
         from trl import SFTTrainer  # noqa: F401
 
-        before = resident_mb()
+        before = status_mb("VmRSS")
         tokenizer = AutoTokenizer.from_pretrained(model)
         rows = in_batches([TokenRow(*r) for r in json.loads(Path(folder, "rows.json").read_text())], steps, BATCH, SEED)
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -136,7 +128,7 @@ def child(side: str, model: str, folder: str, steps: int) -> dict[str, Any]:
             trainer.add_callback(Clock())
             losses = trl_losses(trainer)
         seconds, tokens = clock[1] - clock[0], sum(len(r.ids) for r in rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = status_mb("VmHWM")
     return {
         "rate": tokens / seconds,
         "tokens": tokens,
