@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 from ..runtime import InputError, write_whole
 from .adapters import CHECKPOINT
 
+HALF_WRITTEN = re.compile(r"\..+\.(safetensors|json|log)\.[a-z0-9_]{8}")  # names that whole_file gives
+
 
 @contextlib.contextmanager
 def own_folder(out: str | Path) -> Iterator[Path]:
-    """The folder of a run, made if need be, for this process alone.
+    """The folder of a run, made if need be, for this process alone; what a killed run left half written goes.
 
     Raises :class:`~pllm_helpers.runtime.InputError` if another process trains in it, and for any
     error of the system inside the block: no room, no right to write.
@@ -29,6 +32,9 @@ def own_folder(out: str | Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(str(folder / ".lock"), timeout=0):
+            for path in folder.iterdir():
+                if HALF_WRITTEN.fullmatch(path.name):
+                    path.unlink()
             yield folder
     except filelock.Timeout as e:
         raise InputError("out", f"expected a folder of its own, another process trains in {folder}") from e

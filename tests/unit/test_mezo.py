@@ -626,6 +626,14 @@ def test_killed_at_random_moments_the_result_is_the_uninterrupted_one(llm, tmp_p
     assert replay(llm, whole)
 
 
+def test_what_a_kill_left_half_written_goes(llm, data, tmp_path):
+    for name in (".snapshot.safetensors.y910cp53", ".card.json.ab_defgh"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".notes.txt").write_text("mine", encoding="utf-8")
+    tune_mezo(llm, data, **SHORT, out=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} - {".lock"} == {REPLAY, "card.json", ".notes.txt"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
 def test_an_interrupted_run_leaves_model_and_log(llm, data, tmp_path, error):
     before = weights_hash(dict(llm.model.named_parameters()))
