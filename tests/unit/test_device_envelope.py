@@ -70,9 +70,12 @@ def test_private_memory_does_not_count_file_pages(tmp_path):
 
     def read(path: str) -> int:
         import mmap
+        import time
 
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pages:
-            return sum(pages[k] for k in range(0, len(pages), 4096))
+            total = sum(pages[k] for k in range(0, len(pages), 4096))
+            time.sleep(0.5)  # stay at the full size until the parent has looked
+            return total
 
     assert PhoneEnvelope(150, preload=(), counts="resident").run(read, str(file)).status == "killed"
     result = PhoneEnvelope(150, preload=(), counts="private").run(read, str(file))
