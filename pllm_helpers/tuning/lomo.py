@@ -263,7 +263,7 @@ class LomoRun(FullRun):
     def make_objective(self, double: LLM, settings: dict[str, Any]) -> Objective:
         output, embedding = double.model.get_output_embeddings(), double.model.get_input_embeddings()
         head, tied = output.weight, output.weight is embedding.weight
-        # its rows come last; with a tied matrix they join the first part in place
+        # the embedding's part of the gradient then holds only the rows of tokens that occur
         embedding.sparse = bool(settings["fused_head"] and tied)
         linear = settings["optimizer"] == "lomo" and settings["clip_value"] is None
         if not (settings["fused_head"] and linear and getattr(output, "bias", None) is None):
