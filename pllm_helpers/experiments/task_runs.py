@@ -64,6 +64,8 @@ class TaskResult:
 def choice_prompt(name: str) -> PromptTask:
     """The task's template with its labels as verbalisers, for ``classify`` and every tuner.
 
+    In chat form, as retrieved examples are shown and as the other tasks are asked: what is trained, prompted and
+    judged is then one and the same text.
     Raises :class:`~pllm_helpers.runtime.InputError` if the task is none of choosing a label.
     """
     task = TASKS.get(name)
@@ -71,7 +73,7 @@ def choice_prompt(name: str) -> PromptTask:
         choices = ", ".join(t.name for t in TASKS.values() if t.labels)
         raise InputError("name", f"expected a task with labels ({choices}), got {name!r}")
     template = task.template.replace("{question}", "{text}")
-    return PromptTask(template, {label: label for label in task.labels}, task.name)
+    return PromptTask(template, {label: label for label in task.labels}, task.name, form="chat")
 
 
 def run_task(

@@ -20,6 +20,7 @@ from pllm_helpers.models import LLM, load_encoder
 from pllm_helpers.retrieval import RetrievalPersonalizer
 from pllm_helpers.runtime import InputError, prepare
 from pllm_helpers.tuning import adapted, tune_lora
+from pllm_helpers.tuning.data import token_rows
 
 from .tuning_kit import tiny_llm
 
@@ -326,3 +327,11 @@ def test_settings_from_the_command_line():
     assert (s.layers, s.lr, s.replies) == (3, 1e-4, 9)
     assert study.settings_of(["layers=all"]).layers == "all"
     assert study._without_paths(["personal", "--out", "/a/b.json"]) == ["personal", "--out", "DIR"]
+
+
+def test_examples_of_a_choice_are_judged_in_the_form_they_are_trained_in():
+    llm = tiny_llm()
+    for d in study.task_examples("sentiment", "train", 3):
+        (trained,) = token_rows(llm, [d], 512).rows
+        (judged,) = token_rows(llm, [replace(d, meta={})], 512).rows  # as response_nll reads it
+        assert list(trained.ids) == list(judged.ids) and trained.answer == judged.answer
