@@ -245,6 +245,7 @@ def quantize(llm: LLM, to: str, *, group: int = 32, embeddings: str = "int8") ->
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is table.weight
     kept: list[str] = []
+    done: dict[tuple[int, int], QuantizedLinear] = {}  # blocks that share weights go on sharing them
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
         is_tied_head = layer is head and tied
         wanted = 8 if is_tied_head else bits
@@ -252,8 +253,10 @@ def quantize(llm: LLM, to: str, *, group: int = 32, embeddings: str = "int8") ->
         if odd or is_tied_head and embeddings == "keep":
             kept.append(name)
             continue
-        packed = QuantizedLinear(layer, wanted, group)
-        _replace(model, name, packed)
+        key = (id(layer.weight), id(layer.bias))
+        if key not in done:
+            done[key] = QuantizedLinear(layer, wanted, group)
+        _replace(model, name, done[key])
     if embeddings == "int8":
         if tied:
             rows = model.get_output_embeddings()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pllm_helpers.device import generation_speed, quantize, size_mb, weight_error
+from pllm_helpers.device.architectures import Architecture, build
 from pllm_helpers.device.quantize import SLICE, QuantizedLinear, nibble_order, to_int4, to_int8
 from pllm_helpers.evaluation import response_nll
 from pllm_helpers.models import generate
@@ -122,6 +125,19 @@ def test_dequantised_weights_give_the_same_answers():
     ids = torch.arange(30)[None]
     with torch.no_grad():
         assert torch.allclose(packed.model(input_ids=ids).logits, plain.model(input_ids=ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_blocks_that_share_weights_go_on_sharing_them(to):
+    small = tiny_llm()
+    shape = Architecture(layers=2, dim=32, heads=2, kv_heads=1, ffn=64, vocab=512)
+    sizes, rows = {}, torch.arange(1, 9)[None]
+    for shared in (False, True):
+        model = build(replace(shape, share_blocks=shared)).eval().requires_grad_(False)
+        packed = quantize(replace(small, model=model), to)
+        sizes[shared] = size_mb(packed)
+        assert torch.isfinite(packed.model(rows).logits).all()
+    assert sizes[True] == pytest.approx(sizes[False], rel=0.02)
 
 
 def test_embeddings_may_stay():
