@@ -6,6 +6,7 @@ seed brings the same noise back. Nothing here is ever as large as a weight matri
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -94,11 +95,35 @@ def chunks(p: Tensor) -> Iterator[Tensor]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every weight is a number; chunk by chunk, because ``isfinite`` of a whole weight is as large as it."""
-    return all(bool(torch.isfinite(c).all()) for p in tensors for c in chunks(p))
+    """Whether every weight is a number; nothing as large as a weight comes into being.
+
+    A sum is finite only if all its parts are; one that is not may have overflowed, and is looked at in chunks.
+    """
+    return all(
+        bool(torch.isfinite(p.data.sum(dtype=torch.float32))) or all(bool(torch.isfinite(c).all()) for c in chunks(p))
+        for p in tensors
+    )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch inside the block: on chunks this small, waking a second one costs more than it does.
+
+    The numbers are the same: every operation here works value by value.
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
+@one_thread()
 def sweep_(parameters: Iterable[Tensor], passes: Sequence[Pass], noise: str) -> None:
     """Apply ``passes`` one after the other, all of them to one chunk before the next chunk.
 

@@ -171,6 +171,25 @@ def test_looking_for_nan_makes_nothing_large():
         assert not all_finite([big, broken])
 
 
+def test_walks_leave_the_number_of_threads_as_it_was_and_do_not_depend_on_it():
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            weights = [torch.linspace(-1, 1, 3 * CHUNK + 7)]
+            perturb_(weights, 5, 1e-3, "rademacher")
+            perturb_(weights, 6, 1e-3, "gaussian")
+            assert torch.get_num_threads() == threads
+            found.append(weights[0])
+        with pytest.raises(RuntimeError):
+            perturb_([torch.ones(20, 20)[:, :7]], 5, 1e-3)  # cannot be walked in place
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 def test_several_passes_at_once_equal_walks_one_by_one_on_any_number_of_threads(noise):
     passes = [Pass(((1, 1e-3),)), Pass(((1, -2e-3),)), Pass(((1, 1e-3), (2, 1e-3)), 0.99, ((2, 0.1),))]
