@@ -37,9 +37,10 @@ def response_nll(
     :meth:`~pllm_helpers.retrieval.RetrievalPersonalizer.prompts`, so that tuning, retrieval and both
     are compared on the same replies.
 
-    Raises :class:`~pllm_helpers.runtime.InputError` if a row lacks a question or an answer, if there
-    is not one prompt per row, or if prompt and answer together have more than ``max_tokens`` tokens
-    (no silent cutting).
+    Raises :class:`~pllm_helpers.runtime.InputError` if a row lacks a question or an answer, if it is one
+    running text (it would be judged as another text than it is trained as), if there is not one
+    prompt per row, or if prompt and answer together have more than ``max_tokens`` tokens (no silent
+    cutting).
     """
     import torch
 
@@ -52,6 +53,12 @@ def response_nll(
         if not d.question.strip() or not d.answer.strip():
             raise InputError(
                 f"dialogues[{place}]", "expected a question and an answer, one is blank", "Leave the row out."
+            )
+        if prompts is None and d.meta.get("form") == "plain":
+            raise InputError(
+                f"dialogues[{place}]",
+                "expected a message and a reply, got one running text (form 'plain')",
+                "Judge it with classify, or write the task in form 'chat'.",
             )
         text = llm.format_chat(d.question if prompts is None else prompts[place])
         prompt = llm.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -335,3 +335,6 @@ def test_examples_of_a_choice_are_judged_in_the_form_they_are_trained_in():
         (trained,) = token_rows(llm, [d], 512).rows
         (judged,) = token_rows(llm, [replace(d, meta={})], 512).rows  # as response_nll reads it
         assert list(trained.ids) == list(judged.ids) and trained.answer == judged.answer
+        assert response_nll(llm, [d], progress=False).shape == (1,)
+        with pytest.raises(InputError, match=r"dialogues\[0\]: expected a message and a reply, got one running text"):
+            response_nll(llm, [replace(d, meta={**d.meta, "form": "plain"})], progress=False)
