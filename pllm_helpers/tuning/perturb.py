@@ -6,7 +6,6 @@ seed brings the same noise back. Nothing here is ever as large as a weight matri
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,7 +19,8 @@ from ..runtime import InputError
 __all__ = ["Drift", "perturb_", "restoring_drift", "spsa_gradient"]
 
 Number = float | int
-CHUNK = 1 << 18  # values in the buffer: 1 MB of fp32, which stays in the processor's cache
+CHUNK = 1 << 20  # values in the buffer: 4 MB of fp32, of which the cache keeps most
+BLOCK = 1 << 18  # values that share one layout of random bits, and one shift of the dither
 NOISES = ("gaussian", "rademacher")
 ESTIMATORS = ("two_sided", "one_sided")
 
@@ -43,7 +43,7 @@ class Gaussian:
 class Rademacher:
     """+1 or -1 with probability 1/2, one random bit each; the same on every machine and for every dtype.
 
-    Word ``i`` (16 bits) of a chunk of n words gives values ``i, i + n, i + 2n, …``: its bits from
+    Word ``i`` (16 bits) of a block of n words gives values ``i, i + n, i + 2n, …``: its bits from
     the top. A sign moves into place by a shift, so that whole rows are written at once.
     """
 
@@ -52,19 +52,29 @@ class Rademacher:
     def __init__(self, seed: int, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(seed)
         self.random = torch.empty(0, dtype=torch.int64, device=device)
+        self.shifts = {kind: torch.arange(16, dtype=kind, device=device)[:, None] for kind in self.WORDS.values()}
 
     def fill(self, out: Tensor) -> None:
+        last = blocks(out.numel())[-1]
+        if many := out.numel() - last:
+            self._fill(out[:many], many // BLOCK)
+        self._fill(out[many:], 1)
+
+    def _fill(self, out: Tensor, count: int) -> None:
+        """``count`` blocks of equal size."""
         kind = self.WORDS[out.dtype]
         self.random.resize_(-(-out.numel() // 64)).random_(-(2**63), None, generator=self.generator)
-        words = self.random.view(torch.int16).to(kind)
-        whole = out.numel() == 16 * len(words)  # else the last chunk of a tensor
-        bits = (out.view(kind) if whole else words.new_empty(16 * len(words))).view(16, len(words))
-        shifts = torch.arange(16, dtype=kind, device=out.device)[:, None] + (8 * out.itemsize - 16)
-        torch.bitwise_left_shift(words[None], shifts, out=bits)
+        words = self.random.view(torch.int16).to(kind).view(count, 1, -1)
+        whole = out.numel() == 16 * words.numel()  # else the end of a tensor
+        bits = (out.view(kind) if whole else words.new_empty(16 * words.numel())).view(count, 16, -1)
+        torch.bitwise_left_shift(words, self.shifts[kind] + (8 * out.itemsize - 16), out=bits)
         bits &= torch.iinfo(kind).min  # the sign bit only …
-        bits |= torch.ones((), dtype=out.dtype).view(kind).item()  # … and the exponent of 1
+        bits |= ONES[out.dtype]  # … and the exponent of 1
         if not whole:
             out.copy_(bits.view(-1)[: out.numel()].view(out.dtype))
+
+
+ONES = {dtype: torch.ones((), dtype=dtype).view(kind).item() for dtype, kind in Rademacher.WORDS.items()}
 
 
 class Pass(NamedTuple):
@@ -86,12 +96,16 @@ def noise_source(noise: str, seed: int, device: torch.device) -> Gaussian | Rade
 
 def chunks(p: Tensor) -> Iterator[Tensor]:
     """Flat views of ``p``, ``CHUNK`` values each; a rest below 16 values joins the chunk before it."""
-    flat = p.data.view(-1)
-    start = 0
-    while start < len(flat):
-        stop = len(flat) if len(flat) - start < CHUNK + 16 else start + CHUNK
-        yield flat[start:stop]
-        start = stop
+    yield from p.data.view(-1).split(blocks(p.numel(), CHUNK))
+
+
+def blocks(length: int, size: int = BLOCK) -> list[int]:
+    """Lengths of the blocks of ``length`` values; a rest below 16 values joins the block before it."""
+    count, rest = divmod(length, size)
+    lengths = [size] * count + [rest] * (rest > 0)
+    if 0 < rest < 16 and count:
+        lengths[-2:] = [size + rest]
+    return lengths
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -105,33 +119,15 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of torch inside the block: on chunks this small, waking a second one costs more than it does.
-
-    The numbers are the same: every operation here works value by value.
-    """
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
-@one_thread()
 def sweep_(parameters: Iterable[Tensor], passes: Sequence[Pass], noise: str) -> None:
     """Apply ``passes`` one after the other, all of them to one chunk before the next chunk.
 
     The result is that of as many separate walks, bit for bit, but the noise of a seed is drawn
     once. A pass with ``dither`` rounds weights below fp32 *stochastically*: up with a probability
     equal to the part that is cut off, so that an update far below the resolution of bf16 (2⁻⁸ of
-    a weight) is kept on average, where rounding to nearest loses it. The dither of one chunk,
-    shifted by a random number per chunk, serves all chunks: uniform for each weight, independent
+    a weight) is kept on average, where rounding to nearest loses it. The dither of one block,
+    shifted by a random number per block, serves all blocks: uniform for each weight, independent
     for each pair.
     """
     sources: dict[int, Gaussian | Rademacher] = {}
@@ -175,11 +171,15 @@ class Dither:
 
     def __init__(self, seed: int, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.base = torch.empty(CHUNK + 16, dtype=torch.int32, device=device)
+        self.base = torch.empty(BLOCK + 16, dtype=torch.int32, device=device)
         self.base.random_(0, 1 << 16, generator=self.generator)
         self.shifted = torch.empty_like(self.base)
 
     def round_(self, values: Tensor) -> None:
+        for block in values.split(blocks(len(values))):
+            self._round_(block)
+
+    def _round_(self, values: Tensor) -> None:
         shift = torch.randint(0, 1 << 16, (), generator=self.generator, device=values.device).item()
         random = torch.add(self.base[: len(values)], shift, out=self.shifted[: len(values)])
         random &= 0xFFFF

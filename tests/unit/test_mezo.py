@@ -41,7 +41,7 @@ from pllm_helpers.tuning import perturb as perturb_module
 from pllm_helpers.tuning.data import batch_stream, token_rows
 from pllm_helpers.tuning.forward import plain_objective
 from pllm_helpers.tuning.mezo import LOOKS, SNAPSHOT, AnswerLoss, MezoRun
-from pllm_helpers.tuning.perturb import CHUNK, Pass, all_finite, sweep_
+from pllm_helpers.tuning.perturb import BLOCK, CHUNK, Pass, all_finite, blocks, sweep_
 from pllm_helpers.tuning.replay import REPLAY, LogWriter, start_of, weights_hash
 from tests.unit.tuning_kit import dialogue_sets, tiny_llm
 
@@ -121,14 +121,24 @@ def test_signs_are_the_bits_of_the_mersenne_twister(dtype):
         np.testing.assert_array_equal(found.double().numpy(), 1.0 - 2 * bits.flatten()[:n])
 
 
+def test_signs_of_large_tensors_go_on_block_by_block():
+    """A block has a layout of its own; several at once are the same as one after the other."""
+    sizes = [BLOCK, BLOCK, BLOCK, BLOCK, BLOCK, BLOCK + 7]
+    assert blocks(sum(sizes)) == sizes and blocks(BLOCK + 16) == [BLOCK, 16] and blocks(7) == [7]
+    whole, parts = torch.zeros(sum(sizes)), [torch.zeros(n) for n in sizes]
+    perturb_([whole], 3, 1.0, "rademacher")
+    perturb_(parts, 3, 1.0, "rademacher")
+    assert torch.equal(whole, torch.cat(parts))
+
+
 def test_signs_are_fair_and_independent_of_their_neighbours():
-    z = torch.zeros(1 << 20)
+    z = torch.zeros(1 << 22)
     perturb_([z], 1, 1.0, "rademacher")
     error = 5 / math.sqrt(len(z))
     assert set(z.unique().tolist()) == {-1.0, 1.0} and abs(z.mean().item()) < error
-    for lag in (1, 2, 16, 64, CHUNK // 16, CHUNK):  # neighbours in the tensor, in a word, in a chunk, between chunks
+    for lag in (1, 2, 16, 64, BLOCK // 16, BLOCK, CHUNK):  # in the tensor, in a word, in a block, between blocks
         assert abs((z[lag:] * z[:-lag]).mean().item()) < error * math.sqrt(len(z) / (len(z) - lag))
-    other = torch.zeros(1 << 20)
+    other = torch.zeros_like(z)
     perturb_([other], 2, 1.0, "rademacher")
     assert abs((z * other).mean().item()) < error
 
@@ -150,18 +160,18 @@ class LargestTemporary(TorchDispatchMode):
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_as_large_as_a_weight(noise, dtype):
-    big = torch.zeros(1500, 1000, dtype=dtype)
+    big = torch.zeros(3000, 1000, dtype=dtype)
     passes = [Pass(((1, 1e-3),)), Pass(((1, -2e-3),)), Pass(((1, 1e-3),), 0.9, ((1, 0.1), (2, 0.1)), dither=3)]
     with LargestTemporary([big]) as seen:
         sweep_([big], passes, noise)
-    assert 0 < seen.bytes <= 4 * (CHUNK + 64)  # a megabyte
+    assert 0 < seen.bytes <= 4 * (CHUNK + 64)  # four megabytes
     with LargestTemporary([big]) as seen:  # the official way is seen to be larger
         big.data = big.data + torch.normal(mean=0, std=1, size=big.size(), dtype=dtype)
     assert seen.bytes >= big.nbytes
 
 
 def test_looking_for_nan_makes_nothing_large():
-    big = torch.zeros(1500, 1000)
+    big = torch.zeros(3000, 1000)
     with LargestTemporary([big]) as seen:
         assert all_finite([torch.ones(3), big])
     assert 0 < seen.bytes <= 4 * (CHUNK + 64)
