@@ -184,8 +184,11 @@ def timeline_figure(results: Mapping[str, EnvelopeResult], limit_mb: Number) -> 
         fig.add_scatter(x=x[-1:], y=y[-1:], mode="markers", marker=end, showlegend=False)
         text = f"{m.name}: {'killed' if killed else 'finished'}"
         # a run that finished gives its memory back at the end: its name stands above the long stretch
-        place = {"x": x[-1], "y": y[-1], "yshift": -18} if killed else {"x": 0.97 * x[-1], "y": r.peak_mb, "yshift": 16}
-        fig.add_annotation(text=text, font={"color": m.ink}, bgcolor=figures.CARD, xanchor="right", **place)
+        place = {"x": 0.97 * x[-1], "y": r.peak_mb, "yshift": 16, "xanchor": "right"}
+        if killed:  # beside the cross, on the side with more room
+            early = x[-1] < max(o.timeline[-1].seconds for o in results.values() if o.timeline) / 2
+            place = {"x": x[-1], "y": y[-1], "xshift": 12 if early else -12, "xanchor": "left" if early else "right"}
+        fig.add_annotation(text=text, font={"color": m.ink}, bgcolor=figures.CARD, **place)
         told.append(f"{m.name}: {r.status} after {x[-1]:.1f} s, peak {r.peak_mb:,.0f} MB.")
     fig.update_yaxes(rangemode="tozero")
     fig.update_xaxes(rangemode="tozero")
