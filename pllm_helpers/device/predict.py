@@ -435,14 +435,15 @@ class _Count:
             work, behind = (self.packed_temporaries if packed else self.block_temporaries), back
         else:
             acts, work, behind = inputs, one, one + back
-        if method == "lora_streamed":
-            slices = WORDS * self.s.dim * self.b
-            base |= {"weights": 2 * self.s.block * self.b + slices, "mapped": 2 * self.s.block * self.b + slices}
+        blocks, head = base, base
+        if method == "lora_streamed":  # one block, or one slice of the output matrix, at a time
+            block, piece = self.s.block * self.b, WORDS * self.s.dim * self.b
+            blocks, head = base | {"weights": block, "mapped": block}, base | {"weights": piece, "mapped": piece}
             logits = 2 * self.answers * WORDS * 4
         return [
-            ("forward pass", base | {"activations": acts, "workspace": work + extra}),
-            ("answers' logits", base | {"activations": acts, "logits": logits, "workspace": extra}),
-            ("backward pass", base | {"activations": acts, "workspace": behind + extra}),
+            ("forward pass", blocks | {"activations": acts, "workspace": work + extra}),
+            ("answers' logits", head | {"activations": acts, "logits": logits, "workspace": extra}),
+            ("backward pass", blocks | {"activations": acts, "workspace": behind + extra}),
         ]
 
     def mezo(self, method: str) -> Moments:

@@ -97,7 +97,7 @@ def test_prediction_holds_where_the_vocabulary_is_most_of_the_model(family, meth
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("method", ["adam", "lora_adam", "lora_checkpointed", "lomo", "mezo"])
+@pytest.mark.parametrize("method", ["adam", "lora_adam", "lora_checkpointed", "lora_streamed", "lomo", "mezo"])
 def test_prediction_is_within_a_tenth_of_the_real_model(method):
     from pllm_helpers.models import load_llm
 
