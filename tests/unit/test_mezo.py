@@ -181,6 +181,24 @@ def test_looking_for_nan_makes_nothing_large():
         assert not all_finite([big, broken])
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [CHUNK + 7, 3 * BLOCK + 1001])
+def test_updates_do_not_depend_on_the_number_of_threads(noise, dtype, length):
+    """So that a log rebuilds the weights on a machine with other cores."""
+    before, found = torch.get_num_threads(), []
+    update = Pass(((3, -1e-3),), 0.9, ((4, 1e-4),), dither=7 if dtype == torch.bfloat16 else None)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(torch.linspace(-1, 1, length).to(dtype))
+            perturb_(found[-1:], 3, 1e-3, noise)
+            sweep_(found[-1:], [update], noise)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_walks_leave_the_number_of_threads_as_it_was_and_do_not_depend_on_it():
     before = torch.get_num_threads()
     found = []
