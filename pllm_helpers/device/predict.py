@@ -31,6 +31,7 @@ from ..runtime import InputError
 from ..tuning.frugal import WORDS
 from ..tuning.kernels import KEEP, ROWS, SLICE
 from ..tuning.packed import WORTH, is_packable
+from ..tuning.perturb import CHUNK
 
 __all__ = ["METHODS", "SHAPES", "MemoryPrediction", "Shape", "predict_memory", "shape_of"]
 
@@ -455,7 +456,7 @@ class _Count:
         else:
             work, logits = self.block_temporaries, self.logit(2)
         x = self.b * (self.packed_tokens if self.s.packable else self.padded_tokens) * self.s.dim
-        noise = 2 * 2**20 + (self.adapter if method == "mezo_lora" else 0)
+        noise = CHUNK * 4 + (self.adapter if method == "mezo_lora" else 0)
         return [
             ("a block of the forward pass", base | {"activations": x, "workspace": work + noise}),
             ("answers' logits", base | {"activations": x, "logits": logits, "workspace": noise}),

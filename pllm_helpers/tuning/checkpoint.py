@@ -16,7 +16,8 @@ import torch
 from ..runtime import InputError, write_whole
 from .adapters import CHECKPOINT
 
-HALF_WRITTEN = re.compile(r"\..+\.(safetensors|json|log)\.[a-z0-9_]{8}")  # names that whole_file gives
+# names that whole_file gives, and that safetensors gives to what it renames at the end
+HALF_WRITTEN = re.compile(r"\..+\.(safetensors|json|log)\.[a-z0-9_]{8}|\.tmp[A-Za-z0-9]{6}")
 
 
 @contextlib.contextmanager

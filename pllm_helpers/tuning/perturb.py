@@ -56,6 +56,8 @@ class Rademacher:
         self.shifts = {kind: torch.arange(16, dtype=kind, device=device)[:, None] for kind in self.WORDS.values()}
 
     def fill(self, out: Tensor) -> None:
+        if not out.numel():
+            return
         last = blocks(out.numel())[-1]
         if many := out.numel() - last:
             self._fill(out[:many], many // BLOCK)

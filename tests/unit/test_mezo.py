@@ -41,7 +41,7 @@ from pllm_helpers.tuning import perturb as perturb_module
 from pllm_helpers.tuning.data import batch_stream, token_rows
 from pllm_helpers.tuning.forward import plain_objective
 from pllm_helpers.tuning.mezo import LOOKS, SNAPSHOT, AnswerLoss, MezoRun
-from pllm_helpers.tuning.perturb import BLOCK, CHUNK, Pass, all_finite, blocks, sweep_
+from pllm_helpers.tuning.perturb import BLOCK, CHUNK, Pass, Rademacher, all_finite, blocks, sweep_
 from pllm_helpers.tuning.replay import REPLAY, LogWriter, start_of, weights_hash
 from tests.unit.tuning_kit import dialogue_sets, tiny_llm
 
@@ -129,6 +129,7 @@ def test_signs_of_large_tensors_go_on_block_by_block():
     perturb_([whole], 3, 1.0, "rademacher")
     perturb_(parts, 3, 1.0, "rademacher")
     assert torch.equal(whole, torch.cat(parts))
+    Rademacher(3, torch.device("cpu")).fill(torch.empty(0))  # an empty tensor draws nothing
 
 
 def test_signs_are_fair_and_independent_of_their_neighbours():
@@ -674,7 +675,7 @@ def test_killed_at_random_moments_the_result_is_the_uninterrupted_one(llm, tmp_p
 
 
 def test_what_a_kill_left_half_written_goes(llm, data, tmp_path):
-    for name in (".snapshot.safetensors.y910cp53", ".card.json.ab_defgh"):
+    for name in (".snapshot.safetensors.y910cp53", ".card.json.ab_defgh", ".tmpR3UYfn"):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / ".notes.txt").write_text("mine", encoding="utf-8")
     tune_mezo(llm, data, **SHORT, out=tmp_path)
